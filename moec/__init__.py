@@ -1,4 +1,4 @@
-"""moec compiles Mixture-of-Experts layers; the public names load on first use, so that importing moec loads no torch."""
+"""moec compiles Mixture-of-Experts layers. Public names load on first use, so that importing moec loads no torch."""
 
 from __future__ import annotations
 

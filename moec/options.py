@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moec.errors import MoecError
+from moec.errors import MoecError, did_you_mean
 
 # name -> what is missing, or None for what works now. A name that is planned gets a better answer than "unknown".
 BACKENDS: dict[str, str | None] = {
@@ -77,9 +76,7 @@ class Options:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known: the nearest one, else all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    return f'did you mean "{near[0]}"?' if near else "known: " + ", ".join(names)
+    return did_you_mean(name.lower(), known) or "known: " + ", ".join(sorted(known))
 
 
 def _checked(name: str, value: Any) -> Any:

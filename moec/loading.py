@@ -1,4 +1,4 @@
-"""The command line's MODEL: a transformers configuration or checkpoint folder, or module.py:factory, becomes a module."""
+"""The command line's MODEL: a transformers config or checkpoint folder, or module.py:factory, becomes a module."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Loaded:
 
 def load_model(spec: str, *, dtype: str | None = None) -> Loaded:
     """The model that spec names; MOEC601 to 604 say what is wrong with it. Nothing is ever downloaded."""
-    path, colon, factory = spec.rpartition(":")
-    if colon and path.endswith(".py"):
-        return _from_factory(Path(path), factory, _dtype(dtype))
+    file, _, factory = spec.rpartition(":")
+    if file.endswith(".py"):
+        return _from_factory(Path(file), factory, _dtype(dtype))
     path = Path(spec)
     if path.suffix == ".py":
         hint = f"name the function or module in it: {spec}:build_model"

@@ -104,7 +104,7 @@ class Report:
                 "this report cannot measure: no model stands behind it",
                 hint="measure on the report of moec.compile(model).moec.report; explain() compiles nothing to time",
             )
-        if not tokens or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in tokens):
+        if not tokens or not all(map(_positive, tokens)):
             raise MoecError(
                 "MOEC502", f"tokens={tokens!r} must be positive whole numbers", hint="tokens=[1, 8, 64, 512]"
             )
@@ -113,6 +113,13 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self._headline(), *self._tables(), *self._footer()) if part)
+
+    def summary(self) -> str:
+        """The headline, and each layer left alone with the reason."""
+        return "\n".join((self._headline(), *self._left_alone()))
+
+    def _left_alone(self) -> list[str]:
+        return [f"left alone: {layer.name}: {layer.reason}" for layer in self.layers if not layer.compiled]
 
     def _headline(self) -> str:
         if not self.layers:
@@ -124,9 +131,8 @@ class Report:
         if self.layers:
             headers = ["layer", "kind", "status", "error", "max abs", "back end", "passes"]
             parts += ["", table(headers, [_row(layer) for layer in self.layers], right=["error", "max abs"])]
-        left = [f"  {layer.name}: {layer.reason}" for layer in self.layers if not layer.compiled and layer.reason]
-        if left:
-            parts += ["", "left alone:", *left]
+        left = self._left_alone()
+        parts += ["", *left] if left else []
         rows = [row for layer in self.layers for row in _latency_rows(layer.name, layer.latency)]
         rows += _latency_rows("whole model", self.latency)
         if rows:
@@ -150,6 +156,10 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         parts += [" | ".join(part for part in (self.machine, versions) if part)]
         return ["", *parts] if any(parts) else []
+
+
+def _positive(count: object) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count > 0
 
 
 def _row(layer: LayerReport) -> list[str]:

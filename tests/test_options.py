@@ -15,7 +15,8 @@ def test_defaults_change_nothing() -> None:
     assert options == Options()
     assert options.backend == "auto"
     assert options.verify
-    assert not (options.inplace or options.pack or options.free_original or options.training or options.measure)
+    for name in ("inplace", "pack", "free_original", "training", "strict", "measure"):
+        assert getattr(options, name) is False
 
 
 def test_options_are_frozen() -> None:

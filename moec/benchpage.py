@@ -110,11 +110,13 @@ def _grid(low: float, high: float, y: Callable[[float], float]) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round values within low..high: 1, 2 and 5 times powers of ten, or powers of ten alone where that is enough."""
+    """Values within low..high: 1, 2 and 5 times powers of ten, or powers of ten alone; both ends if too few are."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
     inside = [tick for tick in fine if low <= tick <= high]
     coarse = [tick for tick in inside if f"{tick:e}".startswith("1")]
+    if len(inside) < 2:
+        return [float(f"{low:.2g}"), float(f"{high:.2g}")]
     return coarse if len(inside) > 8 else inside
 
 

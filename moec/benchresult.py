@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moec.jsontext import dumps
 from moec.report import LayerReport, Report
 from moec.table import milliseconds, table
 
@@ -82,7 +82,7 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """What bench.schema.json describes: JSON types only."""
-        rows = [{**asdict(row), "like": list(row.like), "speedup": row.speedup} for row in self.rows]
+        rows = [{**asdict(row), "speedup": row.speedup} for row in self.rows]
         return {
             "rows": rows,
             "machine": self.machine,
@@ -92,7 +92,7 @@ class BenchResult:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return dumps(self.to_dict())
 
     def __str__(self) -> str:
         headers = ["latency", "T", "before ms", "after ms", "faster"]

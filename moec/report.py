@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moec.errors import MoecError
+from moec.jsontext import dumps
 from moec.table import milliseconds, number, size, table
 
 Status = Literal["compiled", "left alone"]
@@ -94,7 +94,7 @@ class Report:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, default=str)
+        return dumps(self.to_dict())
 
     def measure(self, *, tokens: Sequence[int] = (1, 8, 64, 512)) -> Report:
         """Time every compiled layer and the model, before and after, for each number of tokens; fills in latency."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from moec import environment
+from moec.jsontext import dumps
 
 HELP = "versions and devices, for a bug report"
 
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     versions, devices, warnings = environment.versions(), environment.devices(), environment.warnings()
     if arguments.json:
         found = {"machine": environment.machine(), "versions": versions, "devices": devices, "warnings": warnings}
-        print(json.dumps(found, indent=2))
+        print(dumps(found))
         return 0
     print(environment.machine())
     print(*(f"{name} {version}" for name, version in versions.items()), sep="\n")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from moec import pipeline
 from moec.errors import MoecError
 from moec.ir import text
+from moec.jsontext import dumps
 from moec.writing import check_writable, write_text
 
 HELP = "run passes over IR text"
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_text(arguments.output, f"{after}\n")
     if arguments.json:
         rows = [{"name": log.name, "done": log.done, "skipped": log.skipped, "diff": log.diff} for log in logs]
-        print(json.dumps({"ir": str(after), "passes": rows}, indent=2))
+        print(dumps({"ir": str(after), "passes": rows}))
         return 0
     if arguments.verbose:
         for log in logs:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from moec import pipeline
+from moec.jsontext import dumps
 from moec.passbase import Option
 
 HELP = "the passes that are registered"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     listed = pipeline.list_passes()
     if arguments.json:
-        print(json.dumps([_as_dict(info) for info in listed], indent=2))
+        print(dumps([_as_dict(info) for info in listed]))
         return 0
     for info in listed:
         print(f"{info.name}{'  (changes results, so it runs only when asked for)' if info.changes_numerics else ''}")

@@ -1,0 +1,1 @@
+"""Tests of moec; a package, so that they can share the corpus of modules."""

@@ -30,9 +30,8 @@ def tracked() -> list[Path]:
     """The files of the checkout that are in git or about to be."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [
-        path for name in sorted(set(listed.split("\0"))) if name and (path := ROOT / name).is_symlink() or path.exists()
-    ]
+    paths = (ROOT / name for name in sorted(set(listed.split("\0"))) if name)
+    return [path for path in paths if path.exists()]
 
 
 def shipped() -> dict[str, Path]:
@@ -64,7 +63,7 @@ def test_constraints_pin_everything_that_is_named() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {line.partition("==")[0].lower() for line in lines if "==" in line}
     table = project()["project"]
-    named = [*table["dependencies"], *(one for extra in table["optional-dependencies"].values() for one in extra)]  # type: ignore[index, call-overload]
+    named = [*table["dependencies"], *(one for extra in table["optional-dependencies"].values() for one in extra)]  # type: ignore[index]
     for requirement in named:
         name = requirement.partition(">=")[0].lower()
         assert name in pins or name.startswith("moec["), f"{requirement} is not pinned in constraints.txt"

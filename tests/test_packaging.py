@@ -19,7 +19,6 @@ import moec
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"moec": "moec", "moec.passes": "passes", "moec.backends": "backends"}
-NOT_SHIPPED = {".md"}
 
 
 def project() -> dict[str, object]:
@@ -40,7 +39,7 @@ def shipped() -> dict[str, Path]:
     for path in tracked():
         relative = path.relative_to(ROOT)
         for package, folder in FOLDERS.items():
-            if relative.parts[0] == folder and path.is_file() and path.suffix not in NOT_SHIPPED:
+            if relative.parts[0] == folder and path.is_file():
                 found["/".join((*package.split("."), *relative.parts[1:]))] = path
     return found
 
@@ -110,6 +109,7 @@ def test_wheel_holds_every_package_file_and_no_test(built: Built) -> None:
         assert held[name] == path.read_bytes(), name
     assert "moec/py.typed" in packages
     assert any(name.startswith("moec/demo/") and name.endswith(".safetensors") for name in packages)
+    assert "moec/demo/README.md" in packages, "the licence of the digits must travel with them"
     info = {name.partition(".dist-info/")[2] for name in held} - {""}
     assert {"METADATA", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE"} <= info
 

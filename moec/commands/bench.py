@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moec.commands.arguments import counts, positive, seconds
 from moec.commands.model import add_model_arguments, load, nothing_found
 from moec.errors import MoecError
 from moec.loading import Loaded
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--tokens",
-        type=_tokens,
+        type=counts,
         default=(1, 8, 64, 512),
         metavar="T,T,...",
         help="numbers of tokens; default 1,8,64,512",
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["int8"], help="weight-only int8; changes results")
     parser.add_argument("--passes", help="passes to run instead of the default ones, as for moec opt")
     parser.add_argument("--backend", default="auto", help="auto or reference; default auto")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch; default: as torch chooses")
-    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="time for each pair; default 1.0")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch; default: as torch chooses")
+    parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="time for each pair; default 1.0")
     parser.add_argument("--every-layer", action="store_true", help="also time layers that run the same program")
     parser.add_argument("--strict", action="store_true", help="a layer left alone is an error")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots, readable without a network")
@@ -110,19 +111,3 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of compilation that differ from their defaults."""
     asked = {"pack": arguments.pack, "quantize": arguments.quantize, "passes": arguments.passes}
     return {name: value for name, value in asked.items() if value}
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers like 1,8,64,512")
-    return counts
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

@@ -30,6 +30,9 @@ class Digits:
     def num_images(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device))
+
 
 def load_model() -> DigitsMoE:
     """The trained model in f32 and eval mode, on the CPU."""

@@ -58,8 +58,8 @@ def page(result: BenchResult, report: Report) -> str:
 
 
 def _figure(rows: Sequence[Row]) -> str:
-    best = max(rows, key=lambda row: row.speedup)
-    caption = f"at best {best.speedup:.2f}x as fast, at T={best.tokens}"
+    speedups = [row.speedup for row in rows]
+    caption = f"{min(speedups):.2f}x to {max(speedups):.2f}x as fast"
     return f"<figure><h2>{escape(rows[0].title)}</h2>{plot(rows)}<figcaption>{caption}</figcaption></figure>"
 
 

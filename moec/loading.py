@@ -148,10 +148,10 @@ def _from_factory(path: Path, name: str, dtype: Dtype | None) -> Loaded:
     from torch import nn
 
     if not isinstance(model, nn.Module):
-        what = f"{path}:{name} gave a {type(model).__name__}, not a torch.nn.Module"
+        what = f"{path}:{name} gave an object of type {type(model).__name__}, not a torch.nn.Module"
         raise MoecError("MOEC603", what, hint="return the model, or (model, make_inputs)")
     if make_inputs is not None and not callable(make_inputs):
-        what = f"{path}:{name}: make_inputs is a {type(make_inputs).__name__}, not a function"
+        what = f"{path}:{name}: make_inputs is of type {type(make_inputs).__name__}, not a function"
         raise MoecError("MOEC603", what, hint="make_inputs(tokens) returns a tuple of arguments or a dict of keywords")
     model = model.eval() if dtype is None else model.eval().to(dtype)
     return Loaded(model, _checked(make_inputs, f"{path}:{name}") or token_inputs(model), f"{path}:{name}")
@@ -188,7 +188,7 @@ def _call(path: Path, name: str, factory: Any) -> Any:
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        what = f"{path}:{name} is a {type(factory).__name__}, neither a function nor a module"
+        what = f"{path}:{name} is of type {type(factory).__name__}, neither a function nor a module"
         raise MoecError("MOEC603", what, hint="name a function without arguments that returns the model")
     try:
         return factory()
@@ -212,7 +212,7 @@ def _checked(make_inputs: Any, name: str) -> MakeInputs | None:
             return (made,)
         if isinstance(made, (tuple, dict)):
             return made
-        what = f"make_inputs({tokens}) of {name} gave a {type(made).__name__}"
+        what = f"make_inputs({tokens}) of {name} gave an object of type {type(made).__name__}"
         raise MoecError("MOEC605", what, hint="return a tensor, a tuple of arguments or a dict of keywords")
 
     return make

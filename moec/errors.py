@@ -1,0 +1,91 @@
+"""The one error users see: a code, what was found and expected, where, and what to do about it."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+CODES: Mapping[str, str] = MappingProxyType(
+    {
+        # 1xx: the IR and its text
+        "MOEC101": "unknown element type",
+        "MOEC102": "attribute value out of range",
+        "MOEC103": "operand of the wrong rank",
+        "MOEC104": "operand of the wrong element type",
+        "MOEC105": "sizes that disagree",
+        "MOEC106": "operands or attributes that do not go together",
+        "MOEC107": "malformed size",
+        "MOEC108": "size without a value",
+        "MOEC109": "shapes that do not fit the region's inputs",
+        "MOEC110": "undefined value",
+        "MOEC111": "value defined twice",
+        "MOEC112": "declared type differs from the inferred one",
+        "MOEC113": "wrong number of results",
+        "MOEC114": "letter that no input binds",
+        "MOEC115": "one weight reference, two types",
+        "MOEC116": "malformed name",
+        "MOEC117": "region without outputs",
+        "MOEC118": "attribute that text cannot hold",
+        "MOEC120": "syntax error in IR text",
+        "MOEC121": "unknown op",
+        "MOEC122": "unknown operand or attribute",
+        "MOEC123": "attribute of the wrong kind",
+        "MOEC124": "missing operand or attribute",
+        "MOEC125": "missing result type",
+        "MOEC130": "region name used twice in a program",
+        "MOEC131": "opaque graph that the program does not define",
+        "MOEC132": "no such region in the program",
+        # 5xx: the API and its options
+        "MOEC501": "unknown option",
+        "MOEC502": "option value that cannot be",
+        "MOEC503": "something that does not exist yet",
+        "MOEC504": "nothing to measure",
+        # 6xx: the command line and files
+        "MOEC601": "file that cannot be read",
+        "MOEC602": "model of a kind moec does not read",
+        "MOEC603": "factory that gave no model",
+        "MOEC604": "transformers model that cannot be loaded",
+        "MOEC605": "inputs that cannot be guessed",
+        "MOEC606": "model without MoE or FFN layers",
+        "MOEC607": "file that cannot be written",
+        "MOEC608": "no layer of that name",
+        "MOEC609": "missing package",
+    }
+)
+
+
+class MoecError(Exception):
+    """An error a user can act on. `code` is a key of CODES; bugs of our own are assertions instead."""
+
+    def __init__(self, code: str, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        assert code in CODES, f"{code} is not in moec.errors.CODES"
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"[{self.code}] {self.message}"
+        if self.where:
+            text += f"\n  at {self.where}"
+        if self.hint:
+            text += f"\n  hint: {self.hint}"
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default would rebuild from args and lose the keyword-only parts.
+        return _rebuild, (self.code, self.message, self.where, self.hint)
+
+    def located(self, where: str) -> "MoecError":
+        """The same error with a place, unless it has one already: the innermost place is the most exact."""
+        return self if self.where else MoecError(self.code, self.message, where=where, hint=self.hint)
+
+
+def _rebuild(code: str, message: str, where: str | None, hint: str | None) -> MoecError:
+    return MoecError(code, message, where=where, hint=hint)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint that names the closest of `known`, or None when nothing is close."""
+    close = get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else None

@@ -23,6 +23,7 @@ from moec.demo.screen import Screen, open_screen
 from moec.environment import machine, versions
 from moec.errors import MoecError
 from moec.jsontext import dumps
+from moec.options import Options
 from moec.progress import progress
 
 BATCH_SIZES = (1, 8, 64, 256)
@@ -45,6 +46,7 @@ def run(
     pair of latencies is measured.
     """
     _check(batch_sizes, threads)
+    Options.make(pack=pack, quantize=quantize)  # so that a wrong value is told before anything is shown
     screen = None if json else open_screen()
     with _threads(threads):
         found = demonstrate(screen, batch_sizes=batch_sizes, pack=pack, quantize=quantize, seconds=seconds)

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. argparse itself exits with 2 on a wrong command line."""
     arguments = build_parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status = COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()  # so that a reader who has left is noticed here and not while Python shuts down
+        return status
     except MoecError as error:
         if arguments.debug:
             raise
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(MoecError("MOEC609", f"moec {arguments.command} needs {error.name}", hint=hint), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as in `moec passes | head -1`; say nothing more to it.

@@ -1,0 +1,301 @@
+"""The command line: exit statuses, errors without tracebacks, JSON everywhere, nothing half-written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moec import cli
+from moec.report import LayerReport, Report
+
+FACTORIES = """
+import torch
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+def pair():
+    return Pair(), lambda tokens: torch.ones(1, tokens, 4)
+
+def without_inputs():
+    return Pair()
+
+def nothing():
+    return nn.LayerNorm(4), lambda tokens: torch.ones(1, tokens, 4)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "factories.py"
+    path.write_text(FACTORIES)
+    return str(path)
+
+
+def layers() -> list[LayerReport]:
+    compiled = LayerReport("a", "ffn", "compiled", max_error=1e-7, evidence=("two linears",), ir_before="region a")
+    return [compiled, LayerReport("b", "ffn", "left alone", reason="its activation is not known")]
+
+
+@pytest.fixture
+def fake_api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In place of moec.api: finds what `found` says, and keeps what it was asked."""
+    fake = SimpleNamespace(found=layers(), asked={})
+
+    def explain(model: Any, example_inputs: Any = None, **options: Any) -> Report:
+        fake.asked = {"example_inputs": example_inputs, **options}
+        return Report(layers=fake.found)
+
+    def compile(model: Any, *, example_inputs: Any = None, **options: Any) -> Any:
+        fake.asked = {"example_inputs": example_inputs, **options}
+        twin = copy.deepcopy(model)
+        twin.moec = SimpleNamespace(report=Report(layers=fake.found))
+        return twin
+
+    fake.explain, fake.compile = explain, compile
+    monkeypatch.setitem(sys.modules, "moec.api", fake)
+    monkeypatch.setattr("moec.api", fake, raising=False)
+    return fake
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as left:
+        status = int(left.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+BENCH = ("--seconds", "0", "--tokens", "1,3")
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, "moec 0.1.0\n")
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for command in cli.COMMANDS:
+        assert f"\n    {command} " in out
+        status, text, _ = run(capsys, command, "--help")
+        assert status == 0
+        assert "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["complie"], "invalid choice: 'complie'"),
+        (["bench"], "required: MODEL"),
+        (["bench", "m", "--tokens", "1,x"], "is not a list of positive numbers"),
+        (["bench", "m", "--tokens", "0"], "is not a list of positive numbers"),
+        (["bench", "m", "--tokens", ""], "is not a list of positive numbers"),
+        (["bench", "m", "--threads", "0"], "is not a positive whole number"),
+        (["bench", "m", "--seconds", "nan"], "is not a number of seconds"),
+        (["bench", "m", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["bench", "m", "--dtype", "int8"], "is not one of float32, bfloat16, float16"),
+        (["demo", "--batches", "-1"], "is not a list of positive numbers"),
+        (["opt"], "required: FILE"),
+        (["env", "--verbose"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+def test_later_commands_are_not_offered() -> None:
+    assert set(cli.COMMANDS) == {"demo", "inspect", "opt", "bench", "passes", "env"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_a_model_that_cannot_be_read_is_status_1(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    status, out, err = run(capsys, command, "absent/folder")
+    assert (status, out) == (1, "")
+    assert err.startswith("[MOEC601] absent/folder: no such file or folder\n  hint: ")
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exception, match="MOEC601"):
+        cli.main(["inspect", "absent", "--debug"])
+
+
+def test_interruption_is_status_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moec.commands.env.run", interrupted)
+    assert run(capsys, "env") == (130, "", "interrupted\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f'"{sys.executable}" -m moec passes --json | true; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- env, passes, opt -------------------------------------------------------------------------------------------------
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert "torch 2" in out
+    status, out, _ = run(capsys, "env", "--json")
+    assert set(json.loads(out)) == {"machine", "versions", "devices", "warnings"}
+
+
+def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "passes")
+    assert status == 0
+    assert "fuse-experts\n" in out
+    assert "plan-capacity  (changes results, so it runs only when asked for)" in out
+    status, out, _ = run(capsys, "passes", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["quantize-experts"]["changes_numerics"] is True
+    assert {"name", "type", "required"} <= set(rows["plan-capacity"]["options"][0])
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_lists_layers_and_reasons(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
+) -> None:
+    status, out, _ = run(capsys, "inspect", f"{file}:pair")
+    assert status == 0
+    assert "1 of 2 layers" in out
+    assert "left alone: b: its activation is not known" in out
+    assert fake_api.asked["example_inputs"][0].shape == (1, 16, 4)
+
+
+def test_inspect_without_inputs_leaves_probes_to_moec(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
+) -> None:
+    assert run(capsys, "inspect", f"{file}:without_inputs")[0] == 0
+    assert fake_api.asked["example_inputs"] is None
+
+
+def test_inspect_why(capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str) -> None:
+    status, out, _ = run(capsys, "inspect", f"{file}:pair", "--why", "a")
+    assert status == 0
+    assert out.startswith("a (ffn): compiled\nevidence: two linears\n")
+    assert "\nIR:\nregion a\n" in out
+    status, out, _ = run(capsys, "inspect", f"{file}:pair", "--why", "b", "--json")
+    assert [layer["name"] for layer in json.loads(out)["layers"]] == ["b"]
+    status, _, err = run(capsys, "inspect", f"{file}:pair", "--why", "c")
+    assert status == 1
+    assert err == "[MOEC608] no candidate layer is named 'c'\n  hint: there are: a, b\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_a_model_without_layers_is_status_4_and_a_sentence(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str, tmp_path: Path, command: str
+) -> None:
+    fake_api.found = []
+    extra = ["--html", str(tmp_path / "out.html"), *BENCH] if command == "bench" else []
+    status, out, err = run(capsys, command, f"{file}:nothing", *extra)
+    assert (status, out) == (4, "")
+    assert "no MoE or FFN layer found in this LayerNorm" in err
+    assert not (tmp_path / "out.html").exists()
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str) -> None:
+    status, out, err = run(capsys, "bench", f"{file}:pair", *BENCH, "--pack", "--quantize", "int8")
+    assert status == 0, err
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith(("a ", "whole"))] == [
+        ["a", "1"],
+        ["a", "3"],
+        ["whole", "model"],
+        ["whole", "model"],
+    ]
+    assert "left alone: b: its activation is not known" in out
+    assert "pack True, quantize int8" in out
+    assert fake_api.asked["pack"] is True
+    assert fake_api.asked["quantize"] == "int8"
+    assert "bench 1/4: a at T=1" in err  # progress, and not on stdout
+
+
+def test_bench_writes_json_and_a_page(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str, tmp_path: Path
+) -> None:
+    page, data = tmp_path / "out.html", tmp_path / "out.json"
+    status, out, _ = run(capsys, "bench", f"{file}:pair", *BENCH, "--json", "--html", str(page), "-o", str(data))
+    assert status == 0
+    assert json.loads(out) == json.loads(data.read_text())
+    assert {row["name"] for row in json.loads(out)["rows"]} == {"a", "whole model"}
+    assert page.read_text().startswith("<!doctype html>")
+    assert {entry.name for entry in tmp_path.iterdir()} >= {"out.html", "out.json"}
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".partial")]
+
+
+def test_bench_checks_where_it_writes_before_it_works(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str, tmp_path: Path
+) -> None:
+    status, _, err = run(capsys, "bench", f"{file}:pair", "--html", str(tmp_path / "absent" / "out.html"))
+    assert status == 1
+    assert "[MOEC607]" in err
+    assert fake_api.asked == {}
+
+
+def test_bench_without_inputs_says_what_to_pass(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
+) -> None:
+    status, _, err = run(capsys, "bench", f"{file}:without_inputs", *BENCH)
+    assert status == 1
+    assert "[MOEC605] cannot guess the inputs of Pair" in err
+    assert "(model, make_inputs)" in err
+
+
+def test_bench_when_every_layer_was_left_alone(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
+) -> None:
+    fake_api.found = layers()[1:]
+    status, out, err = run(capsys, "bench", f"{file}:pair", *BENCH)
+    assert (status, out) == (4, "")
+    assert "its activation is not known" in err
+    assert f"moec inspect {file}:pair --why b" in err
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_bench_sets_threads(capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str) -> None:
+    _, out, _ = run(capsys, "bench", f"{file}:pair", *BENCH, "--threads", "1", "--json")
+    assert json.loads(out)["settings"]["threads"] == 1
+
+
+def test_the_installed_script_and_python_m_agree() -> None:
+    outputs = []
+    for command in ([sys.executable, "-m", "moec"], [os.path.join(os.path.dirname(sys.executable), "moec")]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        outputs.append((done.returncode, done.stdout))
+    assert outputs[0] == outputs[1] == (0, "moec 0.1.0\n")

@@ -66,30 +66,35 @@ def demonstrate(
     if screen:
         show.model(screen, found)
         _show_digit(screen, model, digits)
-    effort = bench.Effort(seconds=seconds)
-    for options in [{}, {"quantize": quantize}] if quantize else [{}]:
-        asked: dict[str, Any] = {**options, **({"pack": True} if pack else {})}
-        compiled = api.compile(model, example_inputs=(digits.images[:16],), **asked)
-        call = ", ".join(["model", *(f"{name}={value!r}" for name, value in asked.items())])
-        variant = Variant(
-            call=f"moec.compile({call})",
-            exact="quantize" not in asked,
-            report=compiled.moec.report,
-            accuracy=judge(model, compiled, digits),
-        )
+    packed: dict[str, Any] = {"pack": True} if pack else {}
+    for asked in [packed, {"quantize": quantize, **packed}] if quantize else [packed]:
+        compiled, variant = compile_variant(model, digits, asked)
         found.variants.append(variant)
         if screen:
             show.compilation(screen, variant)
             if variant.first_moe:
                 show.program(screen, variant.first_moe, lifted=variant.exact)
             show.accuracy(screen, variant.accuracy, exact=variant.exact)
-        variant.latency = measure(model, compiled, digits, batch_sizes, effort)
+        variant.latency = measure(model, compiled, digits, batch_sizes, bench.Effort(seconds=seconds))
         if screen:
             show.latency(screen, variant.latency, f"{found.device}, {found.threads} threads, f32")
     found.seconds = time.perf_counter() - started
     if screen:
         show.verdict(screen, found)
     return found
+
+
+def compile_variant(model: nn.Module, digits: Digits, asked: dict[str, Any]) -> tuple[nn.Module, Variant]:
+    """The model compiled with the options asked for, and what is known before any timing."""
+    compiled = api.compile(model, example_inputs=(digits.images[:16],), **asked)
+    arguments = ", ".join(["model", *(f"{name}={value!r}" for name, value in asked.items())])
+    variant = Variant(
+        call=f"moec.compile({arguments})",
+        exact="quantize" not in asked,
+        report=compiled.moec.report,
+        accuracy=judge(model, compiled, digits),
+    )
+    return compiled, variant
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ format: $(STAMP) ## what ruff can mend by itself
 	$(VENV)/bin/ruff format
 
 bench: $(STAMP) ## before/after latency of a transformers Mixtral layer and model
-	$(PY) -m moec bench examples/mixtral_generate.py:model
+	$(PY) -m moec bench examples/generate_mixtral.py:build
 
 clean: ## everything that was made here, .venv included
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

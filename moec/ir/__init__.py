@@ -2,6 +2,7 @@
 
 from moec.ir.builder import Builder, Names
 from moec.ir.core import OPS, Node, Op, Region, Value, find_op, op, require
+from moec.ir.diff import diff
 from moec.ir.ops_activation import FUNCTIONS, FUSED_LAYOUTS, Act, Glu
 from moec.ir.ops_combine import Combine, IdentityRows, ScaleRows
 from moec.ir.ops_dense import CombineDense, DispatchDense
@@ -13,6 +14,10 @@ from moec.ir.ops_norm import Norm
 from moec.ir.ops_opaque import Opaque
 from moec.ir.ops_route import Route, RouteExperts
 from moec.ir.ops_weights import ConcatWeights, Constant, QuantizeWeight, SelectExperts, Weight
+from moec.ir.parser import parse, parse_program
+from moec.ir.program import Graph, Program, verify_program
+from moec.ir.rewrite import Rewriter, drop_dead, substitute
+from moec.ir.sizes import bind_sizes
 from moec.ir.types import DTYPES, FLOATS, INDICES, Dim, Tensor, ceildiv, floordiv, maximum, minimum
 from moec.ir.verify import verify
 
@@ -38,6 +43,7 @@ __all__ = [
     "ExpertGlu",
     "Gather",
     "Glu",
+    "Graph",
     "Group",
     "GroupedLinear",
     "IdentityRows",
@@ -48,9 +54,11 @@ __all__ = [
     "Norm",
     "Op",
     "Opaque",
+    "Program",
     "QuantizeRows",
     "QuantizeWeight",
     "Region",
+    "Rewriter",
     "Route",
     "RouteExperts",
     "ScaleRows",
@@ -58,12 +66,19 @@ __all__ = [
     "Tensor",
     "Value",
     "Weight",
+    "bind_sizes",
     "ceildiv",
+    "diff",
+    "drop_dead",
     "find_op",
     "floordiv",
     "maximum",
     "minimum",
     "op",
+    "parse",
+    "parse_program",
     "require",
+    "substitute",
     "verify",
+    "verify_program",
 ]

@@ -32,14 +32,16 @@ class Value:
 class OpField:
     """What a dataclass field of an op is.
 
-    `value` is a required operand, `optional` one that may be None (written `b=%b`), `values` any number of them,
-    `declared` holds the result types that the line of text states, and `attribute` is everything else.
+    `value` is a required operand, `optional` one that may be None, `values` any number of them, `declared` holds the
+    result types that the line of text states, and `attribute` is everything else. Operands that are `keyword` only are
+    written `b=%b`.
     """
 
     name: str
     role: Literal["value", "optional", "values", "declared", "attribute"]
     kind: object
     required: bool
+    keyword: bool
     default: Attribute = None
 
 
@@ -141,16 +143,17 @@ def require(condition: bool, code: str, message: str, *, hint: str | None = None
 
 def _op_field(field: dataclasses.Field[object], kind: object) -> OpField:
     required = field.default is dataclasses.MISSING
+    keyword = field.kw_only is True
     default = None if required else typing.cast(Attribute, field.default)
     if kind is Value:
-        return OpField(field.name, "value", kind, required)
+        return OpField(field.name, "value", kind, required, keyword)
     if kind == Value | None:
-        return OpField(field.name, "optional", kind, required)
+        return OpField(field.name, "optional", kind, required, keyword)
     if kind == tuple[Value, ...]:
-        return OpField(field.name, "values", kind, required)
+        return OpField(field.name, "values", kind, required, keyword)
     if kind in (Tensor, tuple[Tensor, ...]):
-        return OpField(field.name, "declared", kind, required)
-    return OpField(field.name, "attribute", kind, required, default)
+        return OpField(field.name, "declared", kind, required, keyword)
+    return OpField(field.name, "attribute", kind, required, keyword, default)
 
 
 def attribute_kind(field: OpField) -> tuple[object, bool]:

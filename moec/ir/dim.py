@@ -20,6 +20,7 @@ Monomial = tuple[tuple["Atom", int], ...]
 Terms = tuple[tuple[Monomial, Fraction], ...]
 # Only ever compared with other keys; atoms nest, so the type is recursive.
 Key = tuple[object, ...]
+MAX_TERMS = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Dim:
             for right, b in as_dim(other).terms:
                 monomial = _times(left, right)
                 product[monomial] = product.get(monomial, Fraction(0)) + a * b
+        check_terms(len(product))
         return from_terms(product)
 
     def __neg__(self) -> Dim:
@@ -197,6 +199,12 @@ def _substitute_atom(atom: Atom, sizes: Mapping[str, int | Dim]) -> Dim:
 def letter(name: str) -> Dim:
     """The size that a letter stands for."""
     return of_atom(name)
+
+
+def check_terms(count: int) -> None:
+    """MOEC107 for a size that nobody can have meant; multiplying out would otherwise take forever."""
+    if count > MAX_TERMS:
+        raise MoecError("MOEC107", f"size with more than {MAX_TERMS} terms", hint="use a letter for a part of it")
 
 
 def from_terms(terms: Mapping[Monomial, Fraction]) -> Dim:

@@ -3,7 +3,20 @@
 import math
 from fractions import Fraction
 
-from moec.ir.dim import Atom, Dim, Floor, Min, Monomial, Number, as_dim, content, from_terms, of_atom, only_atom
+from moec.ir.dim import (
+    Atom,
+    Dim,
+    Floor,
+    Min,
+    Monomial,
+    Number,
+    as_dim,
+    check_terms,
+    content,
+    from_terms,
+    of_atom,
+    only_atom,
+)
 
 
 def minimum(*sizes: Number | Dim) -> Dim:
@@ -41,6 +54,7 @@ def _flat_min(sizes: list[Dim]) -> list[Dim]:
         monomial, coefficient, atom = found
         rest = size - Dim(((monomial, coefficient),))
         flat.update(dict.fromkeys(_flat_min([coefficient * arg + rest for arg in atom.args])))
+        check_terms(len(flat))
     return list(flat)
 
 
@@ -49,13 +63,12 @@ def _linear_min(size: Dim) -> tuple[Monomial, Fraction, Min] | None:
     return next(((m, c, atom) for m, c in size.terms if c > 0 and isinstance(atom := only_atom(m), Min)), None)
 
 
-def _without_larger(args: list[Dim]) -> list[Dim]:
-    kept: list[Dim] = []
-    for i, arg in enumerate(args):
-        # Of two that are provably equal in value the first stays.
-        if any(at_least(arg, other) and (j < i or not at_least(other, arg)) for j, other in enumerate(args) if j != i):
-            continue
-        kept.append(arg)
+def _without_larger(sizes: list[Dim]) -> list[Dim]:
+    # One at a time and in a fixed order, so that of sizes that are provably equal exactly one stays.
+    kept = sorted(sizes, key=lambda size: size.sort_key)
+    for size in reversed(kept.copy()):
+        if any(at_least(size, other) for other in kept if other is not size):
+            kept.remove(size)
     return kept
 
 
@@ -65,13 +78,15 @@ def at_least(a: Dim, b: Dim) -> bool:
     return low is not None and low >= 0
 
 
-def lower_bound(size: Dim) -> Fraction | None:
-    """A number that the size never falls below (letters are at least 0, divisors at least 1), or None."""
+def lower_bound(size: Dim, depth: int = 4) -> Fraction | None:
+    """A number that the size never falls below (letters are at least 0, divisors at least 1), or None if unknown."""
+    if depth == 0:  # each step below tries several sizes; what takes more steps stays unknown
+        return None
     for monomial, coefficient in size.terms:
         most = _at_most(only_atom(monomial)) if coefficient < 0 else []
         if most:  # -min(a, b) is at least -a and at least -b
             rest = size - Dim(((monomial, coefficient),))
-            lows = [lower_bound(rest + coefficient * other) for other in most]
+            lows = [lower_bound(rest + coefficient * other, depth - 1) for other in most]
             return max((low for low in lows if low is not None), default=None)
     total = Fraction(0)
     for monomial, coefficient in size.terms:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from moec.errors import MoecError
 from moec.ir.dim import Dim, Floor, Min, Monomial, from_terms, letter, only_atom
 from moec.ir.dim_floor import ceildiv, floordiv
 from moec.ir.dim_min import maximum, minimum
-from moec.ir.lexer import Cursor
+from moec.ir.lexer import Cursor, Token
 
 _LETTER = re.compile(r"[A-Z][A-Za-z0-9]*")
 _MAX_NESTING = 64  # deeper text is a mistake, and Python's own limit would be a worse message
+_MAX_DIGITS = 18  # every size fits 64 bits
 
 
 def is_letter(name: str) -> bool:
@@ -48,9 +48,10 @@ def _read_term(cursor: Cursor, depth: int) -> Dim:
             size = size * _read_factor(cursor, depth)
             continue
         token = cursor.expect_kind("number", "a number after '/'")
-        if not token.text.isdigit() or int(token.text) == 0:
-            cursor.fail(f"a size cannot be divided by {token.text}", token, code="MOEC107")
-        size = size * Fraction(1, int(token.text))
+        number = whole_number(cursor, token)
+        if number == 0:
+            cursor.fail("a size cannot be divided by 0", token, code="MOEC107")
+        size = size * Fraction(1, number)
     return size
 
 
@@ -61,9 +62,7 @@ def _read_factor(cursor: Cursor, depth: int) -> Dim:
     token = cursor.token
     if token.kind == "number":
         cursor.take()
-        if not token.text.isdigit():
-            cursor.fail(f"{token.text} in a size is not a whole number", token, code="MOEC107")
-        size = Dim.of(int(token.text))
+        size = Dim.of(whole_number(cursor, token))
         # A letter right after its number: 2T.
         return sign * (size * _read_name(cursor, depth) if cursor.token.kind == "name" else size)
     if token.kind == "name":
@@ -73,6 +72,13 @@ def _read_factor(cursor: Cursor, depth: int) -> Dim:
     size = read_dim(cursor, depth + 1)
     cursor.expect(")", "a size in parentheses")
     return sign * size
+
+
+def whole_number(cursor: Cursor, token: Token) -> int:
+    """The token as a whole number of at most 18 digits."""
+    if not token.text.isdigit() or len(token.text) > _MAX_DIGITS:
+        cursor.fail(f"expected a whole number of at most {_MAX_DIGITS} digits, found {token}", token, code="MOEC107")
+    return int(token.text)
 
 
 def _read_name(cursor: Cursor, depth: int) -> Dim:
@@ -89,10 +95,8 @@ def _read_name(cursor: Cursor, depth: int) -> Dim:
     cursor.expect(")", f"the sizes of {name.text}")
     if name.text in ("floordiv", "ceildiv") and len(args) != 2:
         cursor.fail(f"{name.text} takes 2 sizes, found {len(args)}", name, code="MOEC107")
-    try:
+    with cursor.at_token(name):
         return _FUNCTIONS[name.text](*args)
-    except MoecError as error:
-        raise error.located(cursor.where(name)) from None
 
 
 _FUNCTIONS: dict[str, Callable[..., Dim]] = {"floordiv": floordiv, "ceildiv": ceildiv, "min": minimum, "max": maximum}

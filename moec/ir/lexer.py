@@ -1,7 +1,8 @@
 """Tokens with positions, for the text of regions and of sizes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ _TOKEN = re.compile(
       | (?P<name>[A-Za-z_][A-Za-z0-9_.]*)
       | (?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)
       | (?P<string>"([^"\\\n]|\\.)*")
+      | (?P<verbatim>\|[^\n]*)
       | (?P<mark>->|[(){}\[\],:=+\-*/])""",
     re.VERBOSE,
 )
@@ -21,7 +23,10 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of text; `kind` is value, name, number, string, mark, newline or end. Lines and columns count from 1."""
+    """A piece of text; `kind` is value, name, number, string, verbatim, mark, newline or end.
+
+    Lines and columns count from 1.
+    """
 
     kind: str
     text: str
@@ -93,6 +98,34 @@ class Cursor:
         if self.token.kind != kind:
             self.fail(f"expected {what}, found {self.token}")
         return self.take()
+
+    def expect_line_end(self, after: str) -> None:
+        """Take the end of the line, and empty lines behind it."""
+        if self.token.kind not in ("newline", "end"):
+            self.fail(f"expected the end of the line after {after}, found {self.token}")
+        self.skip_newlines()
+
+    def separated(self) -> Iterator[None]:
+        """Once, and once more after each comma: `for _ in cursor.separated()` reads the items of a list."""
+        yield
+        while self.accept(","):
+            yield
+
+    @contextmanager
+    def at_line(self, token: Token) -> Iterator[None]:
+        """Give errors raised inside the line of this token as their place."""
+        try:
+            yield
+        except MoecError as error:
+            raise error.located(f"line {token.line}: {self.lines[token.line - 1].strip()}") from None
+
+    @contextmanager
+    def at_token(self, token: Token) -> Iterator[None]:
+        """Give errors raised inside this token as their place."""
+        try:
+            yield
+        except MoecError as error:
+            raise error.located(self.where(token)) from None
 
     def skip_newlines(self) -> None:
         """Take empty lines."""

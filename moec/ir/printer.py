@@ -35,9 +35,8 @@ def print_node(node: Node) -> str:
 
 def print_op(op: Op) -> str:
     """The op without results and types: `gather(%x, %order) {k=2}`."""
-    keyword = {field.name for field in op.fields if field.role == "optional"}
+    keyword = {field.name for field in op.fields if field.keyword}
     operands = [f"{name}={value}" if name in keyword else str(value) for name, value in op.named_operands]
-    operands.sort(key=lambda text: "=" in text)  # required ones first
     attributes = [
         f"{field.name}={print_attribute(value, is_float=field.kind in (float, float | None))}"
         for field in op.fields

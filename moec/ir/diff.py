@@ -2,7 +2,7 @@
 
 from difflib import SequenceMatcher
 
-from moec.ir.core import Node, Region, Value
+from moec.ir.core import Node, Op, Region, Value
 from moec.ir.printer import print_header, print_node, print_return
 
 _COLORS = {"-": "\x1b[31m", "+": "\x1b[32m"}
@@ -13,7 +13,7 @@ def diff(before: Region, after: Region, *, color: bool = False) -> str:
     """Lines that went (`-`) and came (`+`) with two lines of context; empty when the regions differ in names only.
 
     A node of `after` is the same as one of `before` when op, attributes, result types and operands (by this same
-    rule) are equal; it is then shown under its old names.
+    rule) are equal; it is then shown under its old names, and so is one that differs in part of them only.
     """
     old = [print_header(before), *(f"  {print_node(node)}" for node in before.nodes), f"  {print_return(before)}"]
     renamed = _with_old_names(before, after)
@@ -52,8 +52,7 @@ def _with_old_names(before: Region, after: Region) -> Region:
     nodes: list[Node] = []
     for node in after.nodes:
         op = node.op.map_operands(lambda value: shown.get(value, value))
-        types = [value.type for value in node.results]
-        match = next((old for old in left if old.op == op and [v.type for v in old.results] == types), None)
+        match = _same(left, op, node) or _changed(left, op, node)
         if match is not None:
             left.remove(match)
         for value, old in zip(node.results, match.results if match else node.results, strict=True):
@@ -61,3 +60,19 @@ def _with_old_names(before: Region, after: Region) -> Region:
         nodes.append(Node(tuple(shown[value] for value in node.results), op))
     inputs = tuple(shown[value] for value in after.inputs)
     return Region(after.name, inputs, tuple(nodes), tuple(shown.get(value, value) for value in after.outputs))
+
+
+def _same(left: list[Node], op: Op, node: Node) -> Node | None:
+    types = [value.type for value in node.results]
+    return next((old for old in left if old.op == op and [value.type for value in old.results] == types), None)
+
+
+def _changed(left: list[Node], op: Op, node: Node) -> Node | None:
+    """The node that this one most likely was: the same op on some of the same operands; users need not show then."""
+    for old in left:
+        alike = type(old.op) is type(op) and len(old.results) == len(node.results)
+        if alike and (
+            set(old.op.operands) & set(op.operands) or (not op.operands and old.op.attributes == op.attributes)
+        ):
+            return old
+    return None

@@ -70,7 +70,7 @@ class Rewriter:
         nodes: list[Node] = []
         known = {value.name: value for value in self.region.inputs}
         for node in self.nodes:
-            op = node.op.map_operands(lambda value: known.get(value.name, value))
+            op = _retyped(node.op, known)
             types = op.result_types()
             assert len(types) == len(node.results), f"{op.name} cannot define {len(node.results)} values"
             results = tuple(Value(value.name, type) for value, type in zip(node.results, types, strict=True))
@@ -88,6 +88,10 @@ class Rewriter:
             if any(value.name == name for value in other.results):
                 return at
         raise AssertionError(f"no node of this region defines %{name}")
+
+
+def _retyped(op: Op, known: Mapping[str, Value]) -> Op:
+    return op.map_operands(lambda value: known.get(value.name, value))
 
 
 def drop_dead(region: Region) -> Region:

@@ -14,10 +14,10 @@ from moec.ir.ops_norm import Norm
 from moec.ir.ops_opaque import Opaque
 from moec.ir.ops_route import Route, RouteExperts
 from moec.ir.ops_weights import ConcatWeights, Constant, QuantizeWeight, SelectExperts, Weight
-from moec.ir.parser import parse, parse_program
 from moec.ir.program import Graph, Program, verify_program
 from moec.ir.rewrite import Rewriter, drop_dead, substitute
 from moec.ir.sizes import bind_sizes
+from moec.ir.text import parse, parse_program
 from moec.ir.types import DTYPES, FLOATS, INDICES, Dim, Tensor, ceildiv, floordiv, maximum, minimum
 from moec.ir.verify import verify
 

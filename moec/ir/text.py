@@ -1,4 +1,4 @@
-"""Reads the text of regions and programs; every error has a line, and a caret where one token is to blame."""
+"""Reads the text of regions and programs, which `str` prints; errors have a line, and a caret under the token to blame."""
 
 from dataclasses import dataclass, field
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moec import pipeline
 from moec.errors import MoecError
-from moec.ir import text
+from moec.ir import Program, Region, parse, parse_program
 from moec.jsontext import dumps
+from moec.passbase import PassLog
 from moec.writing import check_writable, write_text
 
 HELP = "run passes over IR text"
+
+_BLOCK = re.compile(r"^(?:region|graph|host)\b", re.MULTILINE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,24 +35,49 @@ def run(arguments: argparse.Namespace) -> int:
     passes = pipeline.parse_passes(arguments.passes)
     if arguments.output is not None:
         check_writable(arguments.output)
-    before = text.parse(_read(arguments.file))
-    after, logs = pipeline.run(before, passes)
+    before = _parse(arguments.file, _read(arguments.file))
+    logs: list[tuple[str, PassLog]] = []
+
+    def optimise(region: Region) -> Region:
+        after, own = pipeline.run(region, passes)
+        logs.extend((region.name, log) for log in own)
+        return after
+
+    after = before.map_regions(optimise) if isinstance(before, Program) else optimise(before)
     if arguments.output is not None:
         write_text(arguments.output, f"{after}\n")
-    if arguments.json:
-        rows = [{"name": log.name, "done": log.done, "skipped": log.skipped, "diff": log.diff} for log in logs]
-        print(dumps({"ir": str(after), "passes": rows}))
-        return 0
     if arguments.verbose:
-        for log in logs:
-            for line in (*log.done, *(f"left alone: {reason}" for reason in log.skipped)):
-                print(f"{log.name}: {line}", file=sys.stderr)
-    if arguments.diff:
-        for log in logs:
-            print(f"--- {log.name}\n{log.diff}" if log.diff else f"--- {log.name}: no change")
+        print(*_told(logs), sep="\n", end="\n" if logs else "", file=sys.stderr)
+    if arguments.json:
+        print(dumps({"ir": str(after), "passes": [_as_dict(region, log) for region, log in logs]}))
+    elif arguments.diff:
+        for region, log in logs:
+            print(f"--- {log.name} on {region}{'' if log.diff else ': no change'}")
+            print(log.diff, end="\n" if log.diff else "")
     elif arguments.output is None:
         print(after)
     return 0
+
+
+def _told(logs: Sequence[tuple[str, PassLog]]) -> list[str]:
+    lines = []
+    for region, log in logs:
+        lines += [f"{region}: {log.name}: {line}" for line in log.done]
+        lines += [f"{region}: {log.name}: left alone: {line}" for line in log.skipped]
+    return lines
+
+
+def _as_dict(region: str, log: PassLog) -> dict[str, Any]:
+    return {"region": region, "name": log.name, "done": log.done, "skipped": log.skipped, "diff": log.diff}
+
+
+def _parse(file: str, source: str) -> Region | Program:
+    """A lone region may name graphs that are not in the file; several blocks are a program and must be complete."""
+    read = parse_program if len(_BLOCK.findall(source)) > 1 else parse
+    try:
+        return read(source)
+    except MoecError as error:
+        raise MoecError(error.code, f"{file}: {error.message}", where=error.where, hint=error.hint) from error
 
 
 def _read(file: str) -> str:

@@ -148,9 +148,9 @@ def state_difference(got: dict[str, Any], want: dict[str, Any], *, exact: bool) 
     for name, attributes in want.items():
         if name not in got:
             return f"part {name!r} is gone"
-        if not exact:  # hooks are numbered by a global counter
-            attributes = {key: value for key, value in attributes.items() if "_hooks" not in key}
-        text = frozen_difference(got[name], attributes, 0.0 if exact else BAR, identities=exact)
+        # Hooks are numbered by a global counter, so two instances never agree on them.
+        held = {key: value for key, value in attributes.items() if exact or "_hooks" not in key}
+        text = frozen_difference(got[name], held, 0.0 if exact else BAR, identities=exact)
         if text:
             return f"{name or 'the module'}{text}"
     return f"new parts {sorted(got.keys() - want.keys())}" if exact and len(got) != len(want) else ""

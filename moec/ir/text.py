@@ -1,4 +1,4 @@
-"""Reads the text of regions and programs, which `str` prints; errors have a line, and a caret under the token to blame."""
+"""Reads the text of regions and programs, which `str` prints; errors have a line, and a caret under the culprit."""
 
 from dataclasses import dataclass, field
 

@@ -109,7 +109,8 @@ class Glu(GatedActivation):
         require_float("gate", self.gate)
         require_min_rank("gate", self.gate, 1)
         if self.up is not None:
-            self.check_gate("pair")
+            self.check_activation()
+            require(self.layout == "pair", "MOEC106", f'with up, layout must be "pair", found "{self.layout}"')
             require_same_dtype("up", self.up, "gate", self.gate)
             require_shape("up", self.up, self.gate.type.shape, f"like gate {self.gate.type}")
             return (self.gate.type,)

@@ -36,14 +36,14 @@ class FusedActivation(GatedActivation):
         gated = self.layout != "none" or self.up_shift == 0
         require(gated, "MOEC106", f'up_shift={self.up_shift} needs a gate, and layout="none" has none')
 
-    def check_up(self, w_in: Value, names: str, w_up: Value | None, b_up: Value | None, scale_up: Value | None) -> None:
+    def check_up(self, w_in: Value, w_up: Value | None, b_up: Value | None, scale_up: Value | None) -> None:
         """w_up comes with layout="pair" and looks like w_in; its bias and scale come only with it."""
-        message = f'{names}_up goes with layout="pair" and only with it, found layout="{self.layout}"'
-        require((w_up is not None) == (self.layout == "pair"), "MOEC106", message)
         if w_up is None:
-            require(b_up is None and scale_up is None, "MOEC106", f"b_up and scale_up go with {names}_up")
+            require(self.layout != "pair", "MOEC106", 'layout="pair" needs w_up')
+            require(b_up is None and scale_up is None, "MOEC106", "b_up and scale_up go with w_up")
             return
-        require_shape(f"{names}_up", w_up, w_in.type.shape, f"like the gate's weights {w_in.type}")
+        require(self.layout == "pair", "MOEC106", f'w_up goes with layout="pair", not with layout="{self.layout}"')
+        require_shape("w_up", w_up, w_in.type.shape, f"like the gate's weights {w_in.type}")
 
     def width(self, w_in: Value) -> Dim:
         """F: the rows of w_in, halved where it holds gate and up. Raises MOEC105 when they cannot be halved."""
@@ -84,7 +84,7 @@ class ExpertGlu(FusedActivation):
         require_at_least("k", self.k, 1)
         require_rank("w", self.w, 3)
         self.check_fused()
-        self.check_up(self.w, "w", self.w_up, self.b_up, self.scale_up)
+        self.check_up(self.w, self.w_up, self.b_up, self.scale_up)
         check_offsets(self.offsets, self.w.type.shape[0], f"for w {self.w.type}")
         check_matrix(self.x, self.w, w_name="w", scale=self.scale, scale_name="scale")
         check_bias(self.b, self.w, name="b", dtype=self.x.type.dtype)
@@ -108,7 +108,7 @@ class FeedForward(FusedActivation):
         require_rank("w_in", w_in, rank)
         require_rank("w_out", w_out, rank)
         self.check_fused()
-        self.check_up(w_in, "w", w_up, b_up, scale_up)
+        self.check_up(w_in, w_up, b_up, scale_up)
         dtype = x.type.dtype
         check_matrix(x, w_in, w_name="w_in", scale=scale_in, scale_name="scale_in")
         check_bias(b_in, w_in, name="b_in", dtype=dtype)

@@ -60,7 +60,11 @@ def result_dtype(x: Value, x_scale: Value | None, w: Value, dtype: str | None) -
     assert dtype is not None
     require_dtype("x_scale", x_scale, "f32")
     require_rank("x_scale", x_scale, x.type.rank)
-    require_shape("x_scale", x_scale, (*x.type.shape[:-1], x_scale.type.shape[-1]), f"for x {x.type}")
+    parts = x_scale.type.shape[-1]
+    require_shape("x_scale", x_scale, (*x.type.shape[:-1], parts), f"for x {x.type}")
+    width, count = x.type.shape[-1].constant, parts.constant
+    divides = width is None or count is None or (count > 0 and width % count == 0)
+    require(divides, "MOEC105", f"the {parts} parts of x_scale must divide the width of x {x.type}")
     return dtype
 
 

@@ -42,7 +42,8 @@ class Constant(Op):
     def infer(self) -> tuple[Tensor, ...]:
         whole = self.type.is_float or float(self.value).is_integer()
         require(whole, "MOEC102", f"value={self.value} must be whole for {self.type}")
-        require(self.type.dtype != "bool" or self.value in (0, 1), "MOEC102", f"value={self.value} must be 0 or 1")
+        fits = self.type.dtype != "bool" or self.value in (0, 1)
+        require(fits, "MOEC102", f"value={self.value} must be 0 or 1 for {self.type}")
         return (self.type,)
 
 

@@ -20,8 +20,7 @@ RULES = [
     ("route(%logits) {k=2}", "logits: f32[T, 8]", "f32[T, 2], i32[T, 2]"),
     ("route(%logits) {k=9}", "logits: bf16[T, E]", "f32[T, 9], i32[T, 9]"),
     (
-        'route(%logits, bias=%b, noise=%n) {k=4, score="sigmoid", groups=4, kept_groups=2, group_score="top2", '
-        'group_fill="zero", normalize="sum", eps=1e-20, scale=2.5}',
+        'route(%logits, bias=%b, noise=%n) {k=4, score="sigmoid", groups=4, kept_groups=2, group_score="top2"}',
         "logits: f32[T, 16], b: f32[16], n: f32[T, 16]",
         "f32[T, 4], i32[T, 4]",
     ),
@@ -35,7 +34,7 @@ RULES = [
     ("group(%experts) {experts=8}", MOE, "i32[2T], i32[9]"),
     ("group(%experts) {experts=8, capacity=ceildiv(5T, 16)}", MOE, "i32[2T], i32[9]"),
     (
-        'group(%experts, %weights) {experts=8, capacity=4, policy="weight", priority="choice", scope="sequence", sequence=S}',
+        'group(%experts, %weights) {experts=8, capacity=4, policy="weight", scope="sequence", sequence=S}',
         MOE,
         "i32[2T], i32[9]",
     ),

@@ -34,6 +34,17 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC130": "region name used twice in a program",
         "MOEC131": "opaque graph that the program does not define",
         "MOEC132": "no such region in the program",
+        # 3xx: passes and their runner
+        "MOEC301": "unknown pass",
+        "MOEC302": "unknown or missing option of a pass",
+        "MOEC303": "option of a pass with a value of the wrong type",
+        "MOEC304": "option of a pass out of range",
+        "MOEC305": "syntax error in a list of passes",
+        "MOEC306": "pass that broke the region",
+        "MOEC307": "pass that failed",
+        "MOEC308": "passes in the wrong order",
+        "MOEC309": "something that is not a pass",
+        "MOEC310": "option of a pass that does not fit the region",
         # 5xx: the API and its options
         "MOEC501": "unknown option",
         "MOEC502": "option value that cannot be",

@@ -176,7 +176,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REGION = """region {name}(%x: f32[T, 4]) {{
-  %w = weight() {{ref="w"}} : f32[8, 4]
+  %w = weight {{ref="w"}} : f32[8, 4]
   %h = linear(%x, %w) : f32[T, 8]
   %a = act(%h) {{fn="silu"}} : f32[T, 8]
   %b = act(%h) {{fn="gelu"}} : f32[T, 8]
@@ -312,7 +312,7 @@ def test_inspect_why(capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespa
     assert [layer["name"] for layer in json.loads(out)["layers"]] == ["b"]
     status, _, err = run(capsys, "inspect", f"{file}:pair", "--why", "c")
     assert status == 1
-    assert err == "[MOEC608] no candidate layer is named 'c'\n  hint: there are: a, b\n"
+    assert err.endswith("[MOEC608] no candidate layer is named 'c'\n  hint: there are: a, b\n")
 
 
 @pytest.mark.parametrize("command", ["inspect", "bench"])

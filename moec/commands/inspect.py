@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    loaded = load(arguments)
     from moec import api
 
-    loaded = load(arguments)
     with progress("inspect", 1) as shown:
         shown.step(loaded.source)
         report = api.explain(loaded.model, loaded.make_inputs(16) if loaded.make_inputs else None)

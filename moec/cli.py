@@ -6,12 +6,30 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from moec import __version__
 from moec.commands import bench, demo, env, inspect, opt, passes
 from moec.errors import MoecError
 
-COMMANDS = {"demo": demo, "inspect": inspect, "opt": opt, "bench": bench, "passes": passes, "env": env}
+
+class Command(Protocol):
+    """What a module of moec.commands has. Its docstring is the description in the help."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, arguments: argparse.Namespace) -> int: ...
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "inspect": inspect,
+    "opt": opt,
+    "bench": bench,
+    "passes": passes,
+    "env": env,
+}
 
 DONE, USER_ERROR, WRONG_COMMAND_LINE, VERIFICATION_FAILED, NOTHING_MATCHED = range(5)
 INTERRUPTED = 130

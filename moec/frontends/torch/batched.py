@@ -1,0 +1,169 @@
+"""Experts computed in batched products: weights gathered by index, stacked, or all experts at once.
+
+T tokens, K experts per token, E experts, N outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from moec.frontends.torch.activation import constants, name_activation
+from moec.frontends.torch.banks import Bank
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.coordinates import MOVES, Line, line, moved_from, number, stack_of
+from moec.frontends.torch.instances import Instance, NotLifted, find_instances
+from moec.frontends.torch.linears import Linear
+from moec.frontends.torch.oplog import Entry, Log, Ref
+from moec.frontends.torch.replay import replay
+from moec.frontends.torch.routedslice import Reading
+from moec.weights import View
+
+
+@dataclass(frozen=True)
+class Product:
+    """One batched product: the banks it reads, and where features lie in its source and its result."""
+
+    linear: Linear
+    bank: tuple[View, ...]
+    bias: tuple[View, ...] | None
+    inputs: Line
+    outputs: Line
+    source_axis: int
+    out_axis: int
+    experts: frozenset[int]
+
+
+def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]) -> Reading:
+    """The body that the log's batched products compute. Raises NotLifted with the reason."""
+    expert_params = {n: params[n] for n in weights}
+    found = [p for e in log.entries if (p := _product(log, e, expert_params)) is not None]
+    if not found:
+        raise NotLifted("no product with the candidate's weights was seen")
+    products = [_with_bias(log, p, params) for p in found]
+    by_entry = {p.linear.entry: p for p in products}
+    instances = find_instances(log, [p.linear for p in products])
+    if len(instances) != 1:
+        raise NotLifted(f"{len(instances)} batched products where one expert body was expected")
+    instance = instances[0]
+    parts = [by_entry[up.entry] for up in instance.ups]
+    down = by_entry[instance.down.entry] if instance.down is not None else None
+    banks = {}
+    named = [(f"up{i}", part) for i, part in enumerate(parts)] + ([("down", down)] if down is not None else [])
+    for role, part in named:
+        banks[f"w_{role}"] = Bank(f"w_{role}", part.bank)
+        if part.bias is not None:
+            banks[f"b_{role}"] = Bank(f"b_{role}", part.bias)
+    if len({len(bank.views) for bank in banks.values()}) > 1:
+        raise NotLifted("weights are for different numbers of experts")
+    activation = None
+    if down is not None:
+        activation = name_activation(
+            lambda hidden: _ask(log, instance, parts, down, hidden),
+            [part.bank[0].shape[0] for part in parts],
+            down.bank[0].shape[1],
+            constants(log, instance.middle),
+            1e-5 if log.tensors[down.linear.source].dtype in (torch.float32, torch.float64) else 2e-2,
+        )
+        if activation is None:
+            ops = [log.entries[i].name for i in instance.middle if log.entries[i].name not in MOVES]
+            raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
+    return Reading(Body(banks, activation), instance.entries, (down or parts[0]).experts)
+
+
+_PRODUCTS = frozenset({"bmm", "mm", "baddbmm", "addmm"})
+# Rows sorted by expert times a stack of matrices; transformers has a custom op of its own beside ATen's.
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})
+
+
+def _product(log: Log, entry: Entry, weights: Mapping[str, torch.Tensor]) -> Product | None:
+    grouped = entry.name in _GROUPED
+    if not grouped and (entry.name not in _PRODUCTS or entry.kwargs or not all(isinstance(a, Ref) for a in entry.args)):
+        return None
+    left, right = (a.slot for a in (entry.args[:2] if grouped else entry.args[-2:]))
+    for operand, source, contraction, free, source_axis, out_axis in ((right, left, -2, -1, -1, -1), (left, right, -1, -2, -2, -2)):
+        moves = moved_from(log, operand, entry.index, weights)
+        if moves is None:
+            continue
+        if not grouped and len(entry.args) == 3:
+            raise NotLifted(f"{entry.name} adds to a batched product of experts")
+        bank, inputs, outputs, experts = _read_operand(log, operand, moves, weights, contraction, free)
+        linear = Linear(entry.index, source, bank[0], None, entry.results[0], entry.index)
+        return Product(linear, bank, None, inputs, outputs, source_axis, out_axis, experts)
+    return None
+
+
+def _read_operand(
+    log: Log, operand: int, moves: set[int], weights: Mapping[str, torch.Tensor], contraction: int, free: int
+) -> tuple[tuple[View, ...], Line, Line, frozenset[int]]:
+    """The bank an operand was moved from, and where its inputs and outputs lie."""
+    tensor, name = log.tensors[operand], log.param_of(operand)
+    if name is not None and tensor.dim() == 3 and tensor.shape[0] == weights[name].shape[0]:
+        # A view of the whole stack: its strides say it all, however large it is.
+        base = tensor.storage_offset() - weights[name].storage_offset()
+        inputs, outputs = (Line.even(0, tensor.stride(axis), tensor.shape[axis]) for axis in (contraction, free))
+        shape, stride = (outputs.length, inputs.length), (outputs.step, inputs.step)
+        bank = tuple(View(name, base + e * tensor.stride(0), shape, stride) for e in range(tensor.shape[0]))
+        return bank, inputs, outputs, frozenset(range(tensor.shape[0]))
+    numbers = number(log, operand, moves, weights)
+    stack, count = stack_of(numbers, weights)
+    expert, element = stack.split(numbers)
+    inputs, outputs = line(expert, element, contraction), line(expert, element, free)
+    base = int(element[expert == expert.flatten()[0]].min())
+    bank = stack.views(count, base, (outputs.length, inputs.length), (outputs.step, inputs.step))
+    return bank, inputs, outputs, frozenset(torch.unique(expert).tolist())
+
+
+def _with_bias(log: Log, product: Product, params: Mapping[str, torch.Tensor]) -> Product:
+    """Take a per-expert bias that is added once the result was only moved."""
+    slot, last = product.linear.out, product.linear.last
+    for _ in range(6):
+        users = [e for e in log.consumers(slot) if e.index > last]
+        if len(users) != 1 and not (users and users[0].name == "add_"):
+            return product
+        user = users[0]
+        if user.name in MOVES and len(user.results) == 1:
+            slot, last = user.results[0], user.index
+            continue
+        if user.name not in ("add", "add_") or user.kwargs or len(user.args) != 2 or not all(isinstance(a, Ref) for a in user.args):
+            return product
+        other = next((a.slot for a in user.args if a.slot != slot), slot)
+        vectors = {n: p for n, p in params.items() if p.dim() in (1, 2, 3)}
+        moves = moved_from(log, other, user.index, vectors)
+        width = product.bank[0].shape[0]
+        if moves is None or log.tensors[user.results[0]].shape[-1] != width:
+            return product
+        numbers = number(log, other, moves, vectors)
+        stack, count = stack_of(numbers, vectors)
+        expert, element = stack.split(numbers)
+        spaced = line(expert, element, -1)
+        if count != len(product.bank) or spaced.length != width:
+            return product
+        bias = stack.views(count, spaced.base, (width,), (spaced.step,))
+        linear = replace(product.linear, bias=bias[0], out=user.results[0], last=user.index)
+        return replace(product, linear=linear, bias=bias, outputs=Line.even(0, 1, width), out_axis=-1)
+    return product
+
+
+def _ask(log: Log, instance: Instance, parts: list[Product], down: Product, hidden: list[torch.Tensor]) -> torch.Tensor:
+    """What the recorded entries make of one hidden vector, which stands in every row."""
+    given = {}
+    for part, vector in zip(parts, hidden, strict=True):
+        like = log.tensors[part.linear.out]
+        shape = [1] * like.dim()
+        shape[part.out_axis] = -1
+        values = vector[part.outputs.feature].to(like.device).reshape(shape)
+        given[part.linear.out] = values.expand(like.shape).clone()
+    try:
+        answer = replay(log, instance.middle, given, down.linear.source)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise NotLifted(f"the operations between the experts' layers cannot be run again: {error}") from error
+    first = answer.movedim(down.source_axis, -1).reshape(-1, answer.shape[down.source_axis])
+    if not torch.allclose(first, first[:1].expand(first.shape), rtol=1e-5, atol=1e-6, equal_nan=True):
+        raise NotLifted("equal rows of an expert get different results")
+    own = down.inputs.expert == down.inputs.expert[0]
+    out = torch.empty(down.inputs.length)
+    out[down.inputs.feature[own]] = first[0][own].float()
+    return out

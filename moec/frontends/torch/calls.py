@@ -1,0 +1,113 @@
+"""A verified cut as something to call: bind the arguments, run the executable, give back what the original would.
+
+`Call` objects hold no tensors and no modules, so they are shared by copies of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.direct import Roles
+from moec.frontends.torch.program import Runner
+from moec.frontends.torch.routing import FORMS, Unusual
+from moec.frontends.torch.sizes import Size
+from moec.frontends.torch.sliced import Slice
+
+Executable = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class Call(Protocol):
+    """Runs one verified cut."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+def _check(x: Any, rank: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.dim() != rank:
+        raise Unusual(f"the input has another rank than the {rank} it was verified with")
+    if x.dtype != dtype:
+        raise Unusual(f"the input is {x.dtype}, the layer was compiled for {dtype}")
+    if x.shape[-1] != width:
+        raise Unusual(f"the input is {x.shape[-1]} wide, not {width}")
+    return x
+
+
+def _check_others(bound: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if bound.keys() != expected.keys():
+        raise Unusual(f"other arguments than those verified: {sorted(bound.keys() ^ expected.keys())}")
+    for name, value in expected.items():
+        given = bound[name]
+        if given is not value and (isinstance(given, torch.Tensor) or given != value):
+            raise Unusual(f"argument {name}={given!r} where {value!r} was verified")
+
+
+@dataclass(frozen=True)
+class DirectCall:
+    """A call whose arguments are x, selector and weights."""
+
+    binder: Binder
+    roles: Roles
+    others: Mapping[str, Any]
+    rank: int
+    dtype: torch.dtype
+    experts: int
+    inputs: int
+    out_shape: tuple[int | Size, ...]
+
+    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.binder(args, kwargs)
+        roles = self.roles
+        x = _check(bound.pop(roles.x, None), self.rank, self.dtype, self.inputs)
+        rows = x.reshape(-1, self.inputs)
+        if roles.form is None:
+            _check_others(bound, self.others)
+            (y,) = executable(rows)
+        else:
+            routing = {name: bound.pop(name, None) for name in roles.tensors if name != roles.x}
+            if not all(isinstance(v, torch.Tensor) for v in routing.values()):
+                raise Unusual("the routing is not given as tensors")
+            _check_others(bound, self.others)
+            (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
+        return y.reshape([n if type(n) is int else n(x.shape) for n in self.out_shape])  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class SlicedCall:
+    """A block whose own operations run before and after the experts."""
+
+    binder: Binder
+    sliced: Slice
+    form: str | None
+    num_slots: int
+    rank: int
+    dtype: torch.dtype
+    experts: int
+    inputs: int
+    width: int
+
+    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        s = self.sliced
+        bound = self.binder(args, kwargs)
+        given = _check(bound.pop(s.x_name, None), self.rank, self.dtype, self.width)
+        _check_others(bound, s.others)
+        env: dict[int, torch.Tensor] = {s.input_slot: given}
+        dims: Sequence[int] = given.shape
+        runner = Runner(module)
+        runner.run(s.before, env, dims)
+        x, selector, weights = (runner.resolve(v, env, dims) for v in (s.x, s.selector, s.weights))
+        rows = x.reshape(-1, self.inputs)
+        if self.form is None:
+            (y,) = executable(rows)
+        else:
+            weights = rows if weights is None else weights
+            (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
+        env[s.y_slot] = y.reshape(runner.resolve(list(s.y_shape), env, dims)).to(s.y_dtype)
+        runner.run(s.after, env, dims)
+        return runner.resolve(s.result, env, dims)

@@ -1,0 +1,147 @@
+"""The lowest cut: a call that is nothing but y = sum_k w_k f_{e_k}(x), so that its arguments are x, experts and weights.
+
+T tokens, K experts per token, E experts. Which argument is which is decided by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site
+from moec.frontends.torch.routing import FORMS
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of the arguments that are x, the selector (indices or a mask) and the weights; None where there is none."""
+
+    x: str
+    selector: str | None
+    weights: str | None
+    form: str | None
+    on_input: bool = False
+    slots: int = 1
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.x, self.selector, self.weights) if name is not None)
+
+    def routing(self, bound: Mapping[str, Any], tokens: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """experts [T, K] and weights [T, K] of a call. Raises Unusual for values outside what was verified."""
+        assert self.form is not None
+        selector = None if self.selector is None else bound[self.selector]
+        weights = bound[self.weights] if self.weights is not None else bound[self.x]
+        return FORMS[self.form](selector, weights, tokens, experts, self.slots)
+
+
+def tensors_of(log: Log, bound: Mapping[str, Any], at: int) -> dict[str, torch.Tensor]:
+    """The tensors among a site's arguments, as they were when it was called."""
+    found = {}
+    for name, value in bound.items():
+        if isinstance(value, Ref):
+            tensor = log.value(value.slot, at)
+            if tensor is not None:
+                found[name] = tensor
+    return found
+
+
+def fit_roles(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tensor], *, routed: bool) -> Roles | None:
+    """The roles under which the body gives the site's result, or None."""
+    if not isinstance(site.result, Ref):
+        return None
+    theirs = log.value(site.result.slot, site.end)
+    binder = Binder(getattr(site.module, site.method))
+    bound = tensors_of(log, binder(site.args, site.kwargs), site.start)
+    if theirs is None or not theirs.is_floating_point():
+        return None
+    for roles in _hypotheses(bound, body, routed=routed):
+        x = bound[roles.x]
+        tokens = x.numel() // body.inputs
+        if theirs.numel() != tokens * body.outputs:
+            continue
+        mine = _predict(body, params, roles, bound, tokens)
+        loose = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 4e-2
+        if mine is not None and near(mine, theirs.reshape(tokens, -1).float(), loose):
+            return roles if _others_unread(log, site, roles) else None
+    return None
+
+
+def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float) -> bool:
+    """Relative L2 within `bar`; two zeros are not evidence of anything."""
+    norm = theirs.norm()
+    return bool(torch.isfinite(norm) and norm > 0 and (mine - theirs).norm() <= bar * norm)
+
+
+def _predict(body: Body, params: Mapping[str, torch.Tensor], roles: Roles, bound: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
+    x = bound[roles.x].reshape(tokens, -1)
+    if roles.form is None:
+        one = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
+        return body.evaluate(params, x, one, torch.ones(tokens, 1, device=x.device))
+    try:
+        experts, weights = roles.routing(bound, tokens, body.experts)
+    except ValueError:
+        return None
+    return body.evaluate(params, x, experts, weights, on_input=roles.on_input)
+
+
+def _hypotheses(bound: Mapping[str, torch.Tensor], body: Body, *, routed: bool) -> Iterator[Roles]:
+    floats = [n for n, t in bound.items() if t.is_floating_point()]
+    for x in floats:
+        if not bound[x].dim() or bound[x].shape[-1] != body.inputs or not bound[x].numel():
+            continue
+        tokens = bound[x].numel() // body.inputs
+        if not routed:
+            yield Roles(x, None, None, None)
+            continue
+        for on_input in (False, True):
+            yield from _routed(bound, x, [n for n in floats if n != x], tokens, body.experts, on_input)
+
+
+def _routed(
+    bound: Mapping[str, torch.Tensor], x: str, floats: list[str], tokens: int, experts: int, on_input: bool
+) -> Iterator[Roles]:
+    others = [n for n in bound if n != x and bound[n].numel() % tokens == 0]
+    for selector in others:
+        values = bound[selector]
+        if values.is_floating_point() or values.dtype == torch.bool:
+            is_index = False
+        else:
+            is_index = bool((values >= 0).all() and (values <= experts).all())
+        for weights in floats:
+            if is_index and weights != selector and bound[weights].numel() == values.numel():
+                yield Roles(x, selector, weights, "indices", on_input, values.numel() // tokens)
+            masked = values.dim() > 1 and values.shape[-1] == experts and values.numel() == bound[weights].numel() * experts
+            if masked and weights != selector:
+                yield Roles(x, selector, weights, "mask", on_input, bound[weights].numel() // tokens)
+        if is_index and not on_input:
+            yield Roles(x, selector, None, "unit", False, values.numel() // tokens)
+    for weights in floats:
+        if bound[weights].shape[-1:] == (experts,) and bound[weights].numel() == tokens * experts:
+            asked = (bound[weights].reshape(tokens, experts) != 0).sum(-1)
+            yield Roles(x, None, weights, "dense", on_input, max(1, int(asked.max())))
+
+
+def _others_unread(log: Log, site: Site, roles: Roles) -> bool:
+    """Tensor arguments without a role must not be read inside, and values must not steer the call from outside its indices."""
+    binder = Binder(getattr(site.module, site.method))
+    bound = binder(site.args, site.kwargs)
+    spare = {v.slot for n, v in bound.items() if isinstance(v, Ref) and n not in roles.tensors}
+    return not any(spare & set(e.reads) for e in log.entries[site.start : site.end] if e.op != HOST_READ)
+
+
+def steering_reads(log: Log, site: Site, x: int) -> str | None:
+    """Why the call may not be replaced: a value computed from x is read on the host, so Python may branch on it."""
+    storage = log.storages[x]
+    for entry in log.entries[site.start : site.end]:
+        if entry.op != HOST_READ or not entry.reads:
+            continue
+        behind = log.closure([(entry.reads[0], entry.index)], start=site.start)
+        if any(log.storages[s] == storage for i in behind for s in log.entries[i].reads) or log.storages[entry.reads[0]] == storage:
+            return f"{site.label} reads a value computed from its input on the host and may branch on it"
+    return None

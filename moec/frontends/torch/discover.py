@@ -1,0 +1,133 @@
+"""Candidates by the geometry of their parameters alone: stacks [E, .., ..], lists of equal modules, flat packs, and pairs of FFN matrices.
+
+Being a candidate means being looked at; what a module computes is decided by running it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+_NUMBERED = re.compile(r"^(.*?)(\d+)$")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+# A list whose members have more matrices than this holds whole layers (attention and all), not experts.
+_MOST_MATRICES = 4
+
+
+@dataclass
+class Candidate:
+    """A module to look at: `name` is its path, `weights` the full names of the parameters that may be experts' (or the FFN's)."""
+
+    name: str
+    kind: Literal["moe", "ffn"]
+    weights: set[str] = field(default_factory=set)
+
+
+def discover_moe(model: nn.Module) -> list[Candidate]:
+    """MoE candidates in the order of the model's modules."""
+    moes: dict[str, Candidate] = {}
+    for name, module in model.named_modules():
+        for owner, weights in _experts(name, module, model):
+            if weights:
+                moes.setdefault(owner, Candidate(owner, "moe")).weights.update(weights)
+    return list(_without_stacks_of_layers(moes))
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(1 for p in module.parameters() if p.dim() >= 2)
+
+
+def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    own = {n: p for n, p in module._parameters.items() if p is not None}
+    leading = Counter(p.shape[0] for p in own.values() if p.dim() == 3 and p.shape[0] > 1)
+    if leading:
+        experts = leading.most_common(1)[0][0]
+        yield _owner(name, module), {_join(name, n) for n, p in own.items() if p.dim() == 3 and p.shape[0] == experts}
+    elif not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn"):
+        flat = {n: p for n, p in own.items() if p.dim() == 2}
+        if len(flat) >= 2 and len({p.shape for p in flat.values()}) == 1:
+            yield name, {_join(name, n) for n in flat}
+    members = _equal_members(module)
+    if members:
+        yield _owner(name, module), {_join(name, key, n) for key, child in members.items() for n, p in child.named_parameters() if p.dim() == 2}
+    if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):
+        if len({p.shape for p in own.values()}) == 1:
+            yield _owner(name, module), {_join(name, n) for n in own}
+
+
+def _owner(name: str, module: nn.Module) -> str:
+    """A plain container computes nothing: the module that holds it does."""
+    plain = type(module).forward in (nn.Module.forward, *(c.forward for c in _CONTAINERS if hasattr(c, "forward")))
+    return name.rpartition(".")[0] if plain or isinstance(module, (nn.ModuleList, nn.ParameterList)) and _default_forward(module) else name
+
+
+def _default_forward(module: nn.Module) -> bool:
+    return "forward" not in {k for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") for k in vars(cls)}
+
+
+def _equal_members(module: nn.Module) -> dict[str, nn.Module]:
+    """Children that look like experts: listed, or named with a number, with parameters of equal shapes."""
+    listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    groups: dict[str, dict[str, nn.Module]] = {}
+    for key, child in module._modules.items():
+        numbered = _NUMBERED.match(key)
+        if child is not None and (listed or numbered):
+            groups.setdefault("" if listed else numbered.group(1), {})[key] = child  # type: ignore[union-attr]
+    if isinstance(module, nn.Sequential) or not groups:
+        return {}
+    members = max(groups.values(), key=len)
+    count = {key: _matrices(child) for key, child in members.items()}
+    usable = len(members) > 1 and all(0 < n <= _MOST_MATRICES for n in count.values()) and len(set(count.values())) == 1
+    return members if usable else {}
+
+
+def _without_stacks_of_layers(moes: dict[str, Candidate]) -> Iterator[Candidate]:
+    """A list of layers that hold experts themselves is no mixture."""
+    for name, candidate in moes.items():
+        if not any(other != name and other.startswith(_join(name, "") + "." if name else "") for other in moes):
+            yield candidate
+
+
+def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:
+    """Smallest modules that hold a matrix [F, D] and one [D, F] among the parameters that are not `taken` (experts')."""
+    modules = dict(model.named_modules())
+    matrices = {
+        name: {_join(name, n): p for n, p in module.named_parameters() if p.dim() == 2 and _join(name, n) not in taken}
+        for name, module in modules.items()
+    }
+    holders = _smallest([name for name, found in matrices.items() if _has_pair(found.values())])
+    # Square matrices pair with anything, attention's too: they count only where nothing else does.
+    square = [name for name, found in matrices.items() if _all_square(found.values()) and not any(_within(name, h) or _within(h, name) for h in holders)]
+    chosen = {*holders, *_smallest(square)}
+    for name in modules:
+        if name in chosen:
+            yield Candidate(name, "ffn", set(matrices[name]))
+
+
+def _within(inner: str, outer: str) -> bool:
+    return not outer or inner == outer or inner.startswith(outer + ".")
+
+
+def _smallest(names: list[str]) -> list[str]:
+    """Those that hold no other."""
+    return [n for n in names if not any(other != n and _within(other, n) for other in names)]
+
+
+def _has_pair(matrices: Iterable[torch.Tensor]) -> bool:
+    shapes = {tuple(p.shape) for p in matrices}
+    return any(a != b and (b, a) in shapes for a, b in shapes)
+
+
+def _all_square(matrices: Iterable[torch.Tensor]) -> bool:
+    shapes = [tuple(p.shape) for p in matrices]
+    return len(shapes) in (2, 3) and len(set(shapes)) == 1 and shapes[0][0] == shapes[0][1]

@@ -1,0 +1,152 @@
+"""Analysis of plain FFN layers: an up-projection (or gate and up), an activation with a name, a down-projection back to the width.
+
+T tokens, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from moec.frontends.torch.banks import Bank
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.body import Body, build_body
+from moec.frontends.torch.calls import DirectCall
+from moec.frontends.torch.direct import Roles, fit_roles, steering_reads
+from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
+from moec.frontends.torch.items import split
+from moec.frontends.torch.lift import DTYPES, lift_dense, weight_views
+from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.linears import Linear, LinearFinder
+from moec.frontends.torch.observe import Driver, Drivers, raised
+from moec.frontends.torch.observe import tokens as random_tokens
+from moec.frontends.torch.oplog import Log, Site
+from moec.frontends.torch.probing import counts, inputs
+from moec.frontends.torch.sizes import solve
+from moec.frontends.torch.sliceit import Observed, observe_shapes, same_site, sites_of, slice_at
+from moec.frontends.torch.solve import solve_dense
+from moec.verify import Probe
+
+
+def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor]) -> list[Lifted] | None:
+    """The FFN layers inside the candidate; None when it holds none. Raises NotLifted when it holds one that cannot be cut, or could not be run."""
+    weights = [params[n] for n in sorted(candidate.weights)]
+    widths = list(dict.fromkeys(sorted((n for p in weights for n in p.shape), key=[n for p in weights for n in p.shape].count, reverse=True)))
+    for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
+        try:
+            log, _ = driver.observe()
+        except Exception as error:  # whatever the user's code raises on an input that is not for it
+            drivers.failures.append(f"{driver.path or 'the model'}: {raised(error, driver.module)}")
+            continue
+        pairs = find_pairs(log, params, candidate.weights)
+        if not pairs:
+            return None
+        return [_cut(driver, log, instance, params, candidate) for instance in pairs]
+    raise NotLifted("could not be run alone; pass example_inputs")
+
+
+def find_pairs(log: Log, params: Mapping[str, torch.Tensor], weights: set[str]) -> list[Instance]:
+    """Instances up -> activation -> down whose ends are equally wide."""
+    linears = LinearFinder(log, dict(params), lambda name: name in weights).find(0, len(log.entries))
+    stop = {linear.out: linear.last for linear in linears}
+    position = {linear.out: i for i, linear in enumerate(linears)}
+    found: list[Instance] = []
+    used: set[int] = set()
+    for i, linear in enumerate(linears):
+        middle = log.closure([(linear.source, linear.entry)], stop=stop)
+        touched = {s for e in middle for s in log.entries[e].reads} | {linear.source}
+        ups = sorted(position[s] for s in touched if s in position)
+        if not 1 <= len(ups) <= 2 or used & {i, *ups} or not _ffn_shapes(linears, ups, linear):
+            continue
+        instance = Instance(tuple(linears[j] for j in ups), linear, tuple(sorted(middle)))
+        try:
+            check_instance(log, instance)
+            activation = _body(log, instance).activation
+        except NotLifted:
+            continue
+        if activation is not None and (activation.gated or activation.fn != "identity"):
+            used |= {i, *ups}
+            found.append(instance)
+    return found
+
+
+def _ffn_shapes(linears: list[Linear], ups: list[int], down: Linear) -> bool:
+    first = linears[ups[0]].weight
+    return down.weight.shape[0] == first.shape[1] and all(linears[j].weight.shape == first.shape for j in ups)
+
+
+def _body(log: Log, instance: Instance) -> Body:
+    return build_body(log, [instance], [Bank(role, (view,)) for role, view in roles(instance).items()])
+
+
+def _cut(driver: Driver, log: Log, instance: Instance, params: Mapping[str, torch.Tensor], candidate: Candidate) -> Lifted:
+    body = _body(log, instance)
+    sites = sorted((s for s in log.sites if s.covers(instance.entries)), key=lambda s: s.end - s.start)
+    for site in sites:
+        found = fit_roles(log, site, body, params, routed=False)
+        if found is not None and steering_reads(log, site, _slot(site, found)) is None:
+            return _direct(log, site, found, body, params)
+    return _slice(driver, body, params, candidate)
+
+
+def _slot(site: Site, found: Roles) -> int:
+    return int(Binder(getattr(site.module, site.method))(site.args, site.kwargs)[found.x].slot)
+
+
+def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str, torch.Tensor]) -> Lifted:
+    method = getattr(site.module, site.method)
+    binder = Binder(method)
+    bound = binder(site.args, site.kwargs)
+    x = log.tensors[bound[found.x].slot]
+    dtype = x.dtype
+    if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
+        raise NotLifted(f"weights and input are of different dtypes ({dtype})")
+    others = {k: v for k, v in bound.items() if k != found.x}
+    shapes = [(2, 3, body.inputs), (3, 5, body.inputs), (1, 7, body.inputs)] if x.dim() == 3 else [(n, body.inputs) for n in (6, 15, 7)]
+    outs = []
+    for shape in shapes:
+        args, kwargs = binder.unbind({**others, found.x: random_tokens(shape, dtype, 4, device=x.device)})
+        with torch.no_grad():
+            outs.append(tuple(method(*args, **kwargs).shape))
+    sizes = [solve([o[i] for o in outs], shapes) for i in range(len(outs[0]))]
+    if any(s is None for s in sizes):
+        raise NotLifted("the result's shape does not follow from the input's")
+    call = DirectCall(binder, found, others, x.dim(), dtype, 1, body.inputs, tuple(sizes))  # type: ignore[arg-type]
+    region = lift_dense(site.label or "model", body, dtype=DTYPES[dtype])
+
+    def probes() -> Iterator[Probe]:
+        for label, rows in inputs(x.dim(), body.inputs, dtype, x.device, counts(site.module, body, 1)):
+            args, kwargs = binder.unbind({**others, found.x: rows})
+            yield Probe(label, args, kwargs, lambda rows=rows: body.expert(params, 0, rows.reshape(-1, body.inputs).float()))  # type: ignore[misc]
+
+    replaced = tuple(n for n, _ in site.module.named_modules() if n)
+    evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
+    return Lifted(
+        site.path, "ffn", "ffn", site.module, site.method, call, body, region, weight_views(body, site.path, dense=True), replaced, evidence, probes, dtype
+    )  # fmt: skip
+
+
+def _slice(driver: Driver, body: Body, params: Mapping[str, torch.Tensor], candidate: Candidate) -> Lifted:
+    """Cut the FFN out of the smallest call that holds it."""
+    seen, matched = [], []
+    for log, effects in observe_shapes(driver):
+        if effects:
+            raise NotLifted(f"the block {effects[0]}")
+        match = [i for i in find_pairs(log, params, candidate.weights) if _body(log, i) == body]
+        if len(match) != 1:
+            raise NotLifted("the FFN is not found once at every shape")
+        matched.append(match[0])
+        seen.append(Observed(log, tuple(sorted(match[0].entries)), frozenset()))
+    reasons = []
+    for site in sites_of(seen[0])[:3]:
+        try:
+            solution = solve_dense(split(seen[0].log, same_site(site, seen[0].log), seen[0].entries), body, params, matched[0].rows)
+            if solution is None:
+                raise NotLifted(f"{site.label}: no tensor of the block is the FFN's result")
+            evidence = (f"{site.label} sliced around down(act(up(x)))", f"between the layers: {body.activation}")
+            return slice_at(site, seen, solution, body, params, evidence)
+        except NotLifted as reason:
+            reasons.append(str(reason))
+    raise NotLifted(reasons[0] if reasons else "no call holds the FFN")

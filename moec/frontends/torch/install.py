@@ -1,0 +1,181 @@
+"""Putting a compiled layer into a live model: an override of one method on one module instance, with guards.
+
+The override serves eval mode. In training mode, under autocast, when the input's dtype or layout is not the verified one, or when a submodule
+that it replaces has got hooks, the original method runs instead; that is counted, warned of once with a code, and an error
+under strict. Gradients in eval mode are the original's: the backward pass runs the original again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moec.errors import MoecError
+from moec.frontends.torch.calls import Call, Executable
+from moec.frontends.torch.routing import Unusual
+from moec.report import LayerReport
+
+Build = Callable[[torch.nn.Module], Executable]
+
+
+class FallbackWarning(UserWarning):
+    """A compiled layer ran its original code for a call."""
+
+
+class CompiledMethod:
+    """Stands in the instance's `__dict__` under the method's name."""
+
+    def __init__(self, module: torch.nn.Module, method: str, call: Call, build: Build, layer: LayerReport, replaced: tuple[str, ...], strict: bool) -> None:
+        self.module, self.method, self.call, self.build, self.layer = module, method, call, build, layer
+        self.replaced, self.strict = replaced, strict
+        self.executable: Executable | None = None
+        self._hooks = self._hook_tables()
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method as its class defines it."""
+        return getattr(type(self.module), self.method).__get__(self.module)  # type: ignore[no-any-return]
+
+    def ready(self) -> Executable:
+        """The executable, built on first use after a copy."""
+        if self.executable is None:
+            self.executable = self.build(self.module)
+            self._hooks = self._hook_tables()
+        return self.executable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            executable = self.ready()
+            reason = self._blocked()
+            if reason is not None:
+                return self._fall_back(reason, args, kwargs)
+            if torch.is_grad_enabled():
+                needed = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+                if needed or any(p.requires_grad for p in self.module.parameters()):
+                    return self._with_gradients(args, kwargs)
+                with torch.no_grad():
+                    return self.call(self.module, executable, args, kwargs)
+            return self.call(self.module, executable, args, kwargs)
+        except Unusual as unusual:
+            return self._fall_back(str(unusual), args, kwargs)
+        except MoecError as error:
+            if error.code != "MOEC230":
+                raise
+            return self._fall_back(error.message, args, kwargs)
+
+    def _blocked(self) -> str | None:
+        if self.module.training:
+            return "the layer is in training mode"
+        if torch.is_autocast_enabled("cpu") or (torch.cuda.is_available() and torch.is_autocast_enabled("cuda")):
+            return "autocast is on"
+        if any(self._hooks):
+            return "a submodule that the compiled layer replaces has hooks"
+        return None
+
+    def _hook_tables(self) -> tuple[dict[int, Any], ...]:
+        found: list[dict[int, Any]] = []
+        for path in self.replaced:
+            child = self.module.get_submodule(path)
+            if child is not self.module:
+                found += [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks]
+        return tuple(found)
+
+    def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self.layer.name or "the model"
+        if self.strict:
+            raise MoecError("MOEC231", f"{name} cannot run compiled: {reason}", hint="strict=True forbids falling back")
+        if self.layer.fallbacks == 0:
+            warnings.warn(f"[MOEC231] {name} runs its original code: {reason} (said once)", FallbackWarning, stacklevel=4)
+        self.layer.fallbacks += 1
+        return self.original(*args, **kwargs)
+
+    def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        shape = _Structure()
+        outs = _Recompute.apply(self, leaves, spec, places, shape, *[leaves[i] for i in places], *params)
+        return shape.restore(outs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledMethod:
+        module = memo.get(id(self.module))
+        if module is None:
+            raise MoecError("MOEC232", "a compiled method cannot be copied without its module", hint="copy the module")
+        copy = CompiledMethod.__new__(CompiledMethod)
+        copy.module, copy.method, copy.call, copy.build = module, self.method, self.call, self.build
+        copy.layer = memo.get(id(self.layer), self.layer)
+        copy.replaced, copy.strict, copy.executable, copy._hooks = self.replaced, self.strict, None, ()
+        return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle holds the original module: the compiled code is made anew by moec.compile after loading.
+        return getattr, (self.module, self.method)
+
+
+class _Structure:
+    """The shape of a result whose tensors went through autograd."""
+
+    spec: Any = None
+    fixed: list[Any]
+
+    def split(self, result: Any) -> tuple[torch.Tensor, ...]:
+        leaves, self.spec = tree_flatten(result)
+        self.fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def restore(self, tensors: Any) -> Any:
+        tensors = iter(tensors if isinstance(tensors, tuple) else (tensors,))
+        return tree_unflatten([next(tensors) if t else f for t, f in zip(self.is_tensor, self.fixed, strict=True)], self.spec)
+
+
+class _Recompute(torch.autograd.Function):
+    """Forward by the compiled layer, backward through the original code run again on the same inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: CompiledMethod, leaves: list[Any], spec: Any, places: list[int], shape: _Structure, *tensors: torch.Tensor) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs))
+        ctx.owner, ctx.leaves, ctx.spec, ctx.places, ctx.shape = owner, [None if i in places else v for i, v in enumerate(leaves)], spec, places, shape
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*[t for t in outs if not t.is_floating_point()])
+        # An output that is an input itself would lose its history.
+        given = {id(t) for t in tensors}
+        return tuple(t.view_as(t) if id(t) in given else t for t in outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        count = len(ctx.places)
+        leaves = list(ctx.leaves)
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+        for place, tensor in zip(ctx.places, inputs, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, ctx.spec)
+        with torch.enable_grad():
+            outs = _Structure().split(ctx.owner.original(*args, **kwargs))
+        wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad and g is not None]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted))
+        return (None, None, None, None, None, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])))
+
+
+def install(compiled: CompiledMethod) -> None:
+    """Override the method on the instance; one dict assignment, so an interrupt leaves the module either as it was or compiled."""
+    compiled.module.__dict__[compiled.method] = compiled
+
+
+def installed(model: torch.nn.Module) -> list[CompiledMethod]:
+    """All compiled methods inside a model."""
+    return [v for m in model.modules() for v in list(m.__dict__.values()) if isinstance(v, CompiledMethod)]
+
+
+def uninstall(compiled: CompiledMethod) -> None:
+    """Give the instance its class's method back."""
+    if compiled.module.__dict__.get(compiled.method) is compiled:
+        del compiled.module.__dict__[compiled.method]

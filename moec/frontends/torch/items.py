@@ -1,0 +1,138 @@
+"""A block's log as a sequence of items around the experts: single entries, and whole calls of submodules that stay calls.
+
+The *prefix* ends where the first expert computes, the *suffix* begins after the last one has. Both run the same items whatever the
+shape and the routing, so two logs of one block are aligned from the front and from the back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils._pytree import tree_flatten
+
+from moec.frontends.torch.oplog import HOST_READ, Entry, Log, Ref, Site
+
+
+@dataclass(frozen=True)
+class Item:
+    """Entries [start, end): one ATen call, or one call of a submodule's forward."""
+
+    start: int
+    end: int
+    entry: Entry | None
+    site: Site | None
+
+    @property
+    def name(self) -> str:
+        return self.entry.name if self.entry is not None else f"call {self.site.path}"  # type: ignore[union-attr]
+
+    @property
+    def arguments(self) -> Any:
+        return (self.entry.args, self.entry.kwargs) if self.entry is not None else (self.site.args, self.site.kwargs)  # type: ignore[union-attr]
+
+    @property
+    def outputs(self) -> Any:
+        return self.entry.outs if self.entry is not None else self.site.result  # type: ignore[union-attr]
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return slots(self.arguments)
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        return slots(self.outputs)
+
+
+def slots(tree: Any) -> tuple[int, ...]:
+    return tuple(leaf.slot for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One call of a block: its items before, among and after the experts."""
+
+    log: Log
+    site: Site
+    prefix: tuple[Item, ...]
+    suffix: tuple[Item, ...]
+    first: int
+    last: int
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return (*self.prefix, *self.suffix)
+
+
+def split(log: Log, site: Site, expert_entries: Sequence[int]) -> Blocks:
+    """The items of `site` around the experts, whose entries are given."""
+    first, last = min(expert_entries), max(expert_entries)
+    children = _folded(log, site, frozenset(expert_entries))
+    prefix = tuple(_items(log, children, site.start, first))
+    suffix = tuple(_items(log, children, last + 1, site.end))
+    return Blocks(log, site, prefix, suffix, first, last)
+
+
+def _folded(log: Log, site: Site, experts: frozenset[int]) -> dict[int, Site]:
+    """Outermost submodule calls inside the site without an expert's entry, by their first entry."""
+    found: dict[int, Site] = {}
+    covered = site.start
+    for other in log.sites:
+        inside = other is not site and site.start <= other.start and other.end <= site.end and other.end > other.start
+        if not inside or other.method != "forward" or other.start < covered or other.module is site.module or _encloses(other, site):
+            continue
+        if any(i in experts for i in range(other.start, other.end)):
+            continue
+        found[other.start] = other
+        covered = other.end
+    return found
+
+
+def _encloses(other: Site, site: Site) -> bool:
+    parent: Site | None = site
+    while parent is not None:
+        if parent is other:
+            return True
+        parent = parent.parent
+    return False
+
+
+def _items(log: Log, folded: dict[int, Site], start: int, end: int) -> Iterator[Item]:
+    index = start
+    while index < end:
+        site = folded.get(index)
+        if site is not None and site.end <= end:
+            yield Item(index, site.end, None, site)
+            index = site.end
+            continue
+        entry = log.entries[index]
+        if entry.op != HOST_READ:
+            yield Item(index, index + 1, entry, None)
+        index += 1
+
+
+def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int] | None) -> list[Item] | None:
+    """Items that the wanted (slot, moment) values need, taking slot y[0] as given after entry y[1]; None when one lies among the experts."""
+    log = blocks.log
+    by_entry = {i: item for item in blocks.items for i in range(item.start, item.end)}
+    kept: dict[int, Item] = {}
+    todo = list(wanted)
+    given = {log.storages[y[0]]: y[1]} if y is not None else {}
+    while todo:
+        slot, at = todo.pop()
+        since = given.get(log.storages[slot], -1)
+        sources = [i for i in log.writers(slot, at) if i > since]
+        made = log.producer(slot)
+        if made is not None and made < at and (y is None or slot != y[0]):
+            sources.append(made)
+        for index in sources:
+            if index < blocks.site.start:
+                continue
+            item = by_entry.get(index)
+            if item is None:
+                return None
+            if item.start not in kept:
+                kept[item.start] = item
+                todo.extend((read, item.start) for read in item.reads)
+    return [kept[i] for i in sorted(kept)]

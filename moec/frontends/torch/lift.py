@@ -1,0 +1,109 @@
+"""From a proved formula to the IR: an expert body becomes a region and a table of where its weights live.
+
+T tokens, K experts per token, E experts, D inputs of an expert, F its hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.banks import Bank
+from moec.frontends.torch.body import Body
+from moec.ir import Builder, Combine, Constant, Gather, Glu, Group, GroupedLinear, Linear, Region, ScaleRows, Tensor, Value, Weight
+from moec.ir.ops_activation import Act
+from moec.weights import View
+
+DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def weight_names(body: Body) -> dict[str, str]:
+    """Reference in the IR for each role: gate and up by what they are, not by the order of use."""
+    layout = body.activation.layout if body.activation is not None else None
+    if layout == "pair":
+        first, second = "gate", "up"
+    elif layout == "pair_up_first":
+        first, second = "up", "gate"
+    else:
+        first, second = ("gate_up" if layout is not None else "up"), ""
+    if "w_down" not in body.banks:
+        first = "proj"
+    ends = {"up0": first, "up1": second, "down": "down"}
+    return {role: ("" if role.startswith("w_") else "bias_") + ends[role[2:]] for role in body.banks}
+
+
+class _Lifter:
+    def __init__(self, name: str, body: Body, dtype: str) -> None:
+        self.builder, self.body, self.dtype = Builder(name), body, dtype
+        self.names = weight_names(body)
+
+    def weight(self, role: str, grouped: bool) -> Value | None:
+        bank = self.body.banks.get(role)
+        if bank is None:
+            return None
+        shape = (len(bank.views), *bank.shape) if grouped else bank.shape
+        ref = self.names[role]
+        prefix = "b_" if role.startswith("b_") else "w_"
+        return self.builder.add(Weight(ref=ref, type=Tensor.of(self.dtype, *shape)), name=prefix + ref.removeprefix("bias_"))
+
+    def product(self, rows: Value, which: str, offsets: Value | None, name: str) -> Value:
+        weight = self.weight(f"w_{which}", offsets is not None)
+        bias = self.weight(f"b_{which}", offsets is not None)
+        assert weight is not None
+        if offsets is not None:
+            return self.builder.add(GroupedLinear(rows, offsets, weight, b=bias), name=name)
+        return self.builder.add(Linear(rows, weight, b=bias), name=name)
+
+    def expert(self, rows: Value, offsets: Value | None) -> Value:
+        """f_e of each row."""
+        activation = self.body.activation
+        if activation is None:
+            return self.product(rows, "up0", offsets, "projected")
+        attributes: dict[str, Any] = dict(fn=activation.fn, limit=activation.limit, clamp_after=activation.clamp_after)
+        if activation.alpha is not None:
+            attributes["alpha"] = activation.alpha
+        first = self.product(rows, "up0", offsets, {"up0": "h"}.get(self.names["w_up0"], "h_" + self.names["w_up0"]))
+        if activation.layout is None:
+            hidden = self.builder.add(Act(first, **attributes), name="a")
+        elif activation.layout.startswith("pair"):
+            second = self.product(rows, "up1", offsets, "h_" + self.names["w_up1"])
+            gate, up = (first, second) if activation.layout == "pair" else (second, first)
+            hidden = self.builder.add(Glu(gate, up, up_shift=activation.up_shift, layout="pair", **attributes), name="a")
+        else:
+            hidden = self.builder.add(Glu(first, layout=activation.layout, up_shift=activation.up_shift, **attributes), name="a")
+        return self.product(hidden, "down", offsets, "out")
+
+
+def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtype: str, on_input: bool) -> Region:
+    """Region with inputs x [T, D], experts i32 [T, K], weights [T, K] and one output [T, O]. `slots` is K, a letter when it varies."""
+    lifter = _Lifter(name, body, dtype)
+    b = lifter.builder
+    x = b.input("x", Tensor.of(dtype, "T", body.inputs))
+    experts = b.input("experts", Tensor.of("i32", "T", slots))
+    weights = b.input("weights", Tensor.of(weight_dtype, "T", slots))
+    order, offsets = b.add_many(Group(experts, experts=body.experts), ("order", "offsets"))
+    rows = b.add(Gather(x, order, k=slots), name="rows")  # type: ignore[arg-type]
+    if on_input:
+        rows = b.add(ScaleRows(rows, order, weights), name="scaled")
+        weights = b.add(Constant(value=1.0, type=weights.type), name="ones")
+    out = lifter.expert(rows, offsets)
+    return b.build(b.add(Combine(out, order, weights), name="y"))
+
+
+def lift_dense(name: str, body: Body, *, dtype: str) -> Region:
+    """Region with input x [T, D] and one output [T, O]."""
+    lifter = _Lifter(name, body, dtype)
+    x = lifter.builder.input("x", Tensor.of(dtype, "T", body.inputs))
+    return lifter.builder.build(lifter.expert(x, None))
+
+
+def weight_views(body: Body, prefix: str, *, dense: bool) -> dict[str, View | tuple[View, ...]]:
+    """Where each weight reference of the lifted region lives, parameter names relative to `prefix`."""
+    lead = f"{prefix}." if prefix else ""
+
+    def local(bank: Bank) -> tuple[View, ...]:
+        return tuple(View(v.param.removeprefix(lead), v.offset, v.shape, v.stride) for v in bank.views)
+
+    names = weight_names(body)
+    return {names[role]: local(bank)[0] if dense else local(bank) for role, bank in body.banks.items()}

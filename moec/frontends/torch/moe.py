@@ -1,0 +1,176 @@
+"""Analysis of one MoE candidate: observe, unify, cut at the lowest call that is the formula, else slice the block.
+
+T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.banks import unify
+from moec.frontends.torch.batched import read_batched
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.body import Body, build_body
+from moec.frontends.torch.calls import DirectCall
+from moec.frontends.torch.direct import Roles, fit_roles, steering_reads, tensors_of
+from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.instances import NotLifted, find_instances
+from moec.frontends.torch.lift import DTYPES, lift_moe, weight_views
+from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.linears import LinearFinder
+from moec.frontends.torch.observe import Driver, Drivers, raised
+from moec.frontends.torch.observe import tokens as random_tokens
+from moec.frontends.torch.oplog import Log, Site, record
+from moec.frontends.torch.probing import Maker, counts, inputs, routing, shape_for
+from moec.frontends.torch.routedslice import Reading, analyse_slice
+from moec.frontends.torch.sizes import solve
+from moec.verify import Probe
+
+
+def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor]) -> Lifted:
+    """The lifted layer. Raises NotLifted with the first reason that stood in the way."""
+    weights = [params[n] for n in sorted(candidate.weights)]
+    widths = list(dict.fromkeys(n for p in weights for n in (p.shape[-1], p.shape[-2])))
+    reasons: list[str] = []
+    ran = 0
+    for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
+        try:
+            log, _ = driver.observe()
+        except NotLifted:
+            raise
+        except Exception as error:  # whatever the user's code raises on an input that is not for it
+            drivers.failures.append(f"{driver.path or 'the model'}: {raised(error, driver.module)}")
+            continue
+        try:
+            return _from_log(candidate, driver, log, params)
+        except NotLifted as reason:
+            reasons.append(str(reason))
+            ran += 1
+            if ran >= 2:
+                break
+    if reasons:
+        raise NotLifted(reasons[0])
+    why = "; ".join(dict.fromkeys(drivers.failures[-3:])) or "no module above it could be called"
+    raise NotLifted(f"could not be run ({why}); pass example_inputs")
+
+
+def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[str, torch.Tensor]) -> Lifted:
+    def read(log: Log) -> Reading:
+        linears = LinearFinder(log, dict(params), lambda name: name in candidate.weights).find(0, len(log.entries))
+        if not linears:
+            return read_batched(log, candidate.weights, params)
+        instances = find_instances(log, linears)
+        body = build_body(log, instances, unify(log, driver.module, driver.path, instances, dict(params)))
+        entries = tuple(sorted({i for inst in instances for i in inst.entries}))
+        return Reading(body, entries, frozenset(inst.ups[0].weight for inst in instances))
+
+    reading = read(log)
+    for site in sorted((s for s in log.sites if s.covers(reading.entries)), key=lambda s: s.end - s.start):
+        roles = fit_roles(log, site, reading.body, params, routed=True)
+        if roles is not None:
+            return _direct(log, site, roles, reading.body, params, read)
+    return analyse_slice(driver, params, read)
+
+
+def _direct(log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
+    method = getattr(site.module, site.method)
+    binder = Binder(method)
+    bound = binder(site.args, site.kwargs)
+    template = {**bound, **tensors_of(log, bound, site.start)}
+    steered = steering_reads(log, site, bound[roles.x].slot)
+    if steered:
+        raise NotLifted(steered)
+    maker = Maker(roles, template, body)
+    body = _every_expert(site, maker, body, read)
+    x = template[roles.x]
+    rank, dtype = x.dim(), x.dtype
+    if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
+        raise NotLifted(f"weights and input are of different dtypes ({dtype} and {sorted({str(params[n].dtype) for n in body.params})})")
+    shapes, results = _result_shapes(method, binder, maker, x, roles, body)
+    if results[0][1] != dtype:
+        raise NotLifted(f"the result is {results[0][1]}, the input {dtype}")
+    sizes = [solve([r[0][i] for r in results], shapes) for i in range(len(results[0][0]))]
+    if any(s is None for s in sizes):
+        raise NotLifted("the result's shape does not follow from the input's")
+    others = {k: v for k, v in bound.items() if k not in roles.tensors}
+    call = DirectCall(binder, roles, others, rank, dtype, body.experts, body.inputs, tuple(sizes))  # type: ignore[arg-type]
+    weight_dtype = template[roles.weights].dtype if roles.weights else dtype
+    region = lift_moe(site.label or "model", body, slots=roles.slots, dtype=DTYPES[dtype], weight_dtype=DTYPES[weight_dtype], on_input=roles.on_input)
+
+    def probes() -> Iterator[Probe]:
+        yield from _probes(binder, maker, body, roles, site, rank, dtype, weight_dtype, x.device, params)
+
+    replaced = tuple(n for n, _ in site.module.named_modules() if n)
+    evidence = (
+        f"{site.label}({roles.x}, {roles.selector or '-'}, {roles.weights or '-'}) is y = sum of w * f(x), routing given as {roles.form}",
+        f"{body.experts} experts, all of them run and unified; {roles.slots} per token",
+        f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+    )
+    return Lifted(
+        site.path, "moe", "submodule", site.module, site.method, call, body, region, weight_views(body, site.path, dense=False), replaced, evidence, probes, dtype
+    )  # fmt: skip
+
+
+def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading]) -> Body:
+    """Run the call with every expert chosen and unify them all; its effects refuse it."""
+    count = max(2, -(-body.experts // maker.roles.slots))
+    x = maker.template[maker.roles.x]
+    shape = shape_for(x.dim(), count + count % 2, body.inputs)
+    rows = random_tokens(shape, x.dtype, 3, device=x.device)
+    count = rows.numel() // body.inputs
+    experts = routing(count, maker.roles.slots, body.experts, 0, "round robin").to(x.device)
+    made = maker(rows, experts, torch.rand(experts.shape, device=x.device) + 0.1)
+    args, kwargs = Binder(getattr(site.module, site.method)).unbind(made)
+    watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)])
+    try:
+        log = record(site.module, args, kwargs, path=site.path, method=site.method)
+        effects = watch.changes()
+    finally:
+        watch.undo()
+    if effects:
+        raise NotLifted(f"{site.label} {effects[0]}")
+    full = read(log)
+    if len(full.reached) < full.body.experts:
+        raise NotLifted(f"only {len(full.reached)} of {full.body.experts} experts ran although all were chosen")
+    return full.body
+
+
+def _result_shapes(method: Any, binder: Binder, maker: Maker, x: torch.Tensor, roles: Roles, body: Body) -> tuple[list[Any], list[Any]]:
+    """Input shapes and (result shape, dtype) of three calls."""
+    shapes, results = [], []
+    for dims in ((2, 3), (3, 5), (1, 7)):
+        shape = (*dims, body.inputs) if x.dim() == 3 else (dims[0] * dims[1], body.inputs)
+        rows = random_tokens(shape, x.dtype, 4, device=x.device)
+        experts = routing(rows.numel() // body.inputs, roles.slots, body.experts, 1, "random").to(x.device)
+        args, kwargs = binder.unbind(maker(rows, experts, torch.rand(experts.shape, device=x.device)))
+        with torch.no_grad():
+            out = method(*args, **kwargs)
+        shapes.append(tuple(rows.shape))
+        results.append((tuple(out.shape), out.dtype))
+    return shapes, results
+
+
+def _probes(
+    binder: Binder, maker: Maker, body: Body, roles: Roles, site: Site, rank: int, dtype: torch.dtype, weight_dtype: torch.dtype,
+    device: torch.device, params: Mapping[str, torch.Tensor],
+) -> Iterator[Probe]:  # fmt: skip
+    sizes = counts(site.module, body, roles.slots)
+    for i, (label, x) in enumerate(inputs(rank, body.inputs, dtype, device, sizes)):
+        count = x.numel() // body.inputs
+        pattern = ("random", "one expert", "round robin")[i % 3]
+        experts = routing(count, roles.slots, body.experts, i, pattern).to(device)
+        generator = torch.Generator().manual_seed(i)
+        weights = torch.rand(experts.shape, generator=generator).to(device, weight_dtype)
+        if roles.form == "unit":
+            weights = torch.ones_like(weights)
+        made = maker(x, experts, weights)
+        args, kwargs = binder.unbind(made)
+
+        def judge(x: torch.Tensor = x, experts: torch.Tensor = experts, weights: torch.Tensor = weights) -> torch.Tensor:
+            return body.evaluate(params, x.reshape(-1, body.inputs), experts, weights, on_input=roles.on_input)
+
+        yield Probe(f"{label}, {pattern} routing", args, kwargs, judge)

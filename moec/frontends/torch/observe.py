@@ -1,0 +1,128 @@
+"""Getting a block to run: the inputs it was seen with, or probes made from its parameters' sizes.
+
+B sequences, S positions, D width, T = B * S tokens.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.oplog import Log, record
+
+SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)
+
+
+def tokens(shape: Sequence[int], dtype: torch.dtype, seed: int, *, device: torch.device, mixed: bool = True) -> torch.Tensor:
+    """Random rows, each at a scale of its own when `mixed`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=generator)
+    if mixed:
+        pick = torch.randint(len(SCALES), tuple(shape[:-1]), generator=generator)
+        x = x * torch.tensor(SCALES)[pick].unsqueeze(-1)
+    return x.to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A module to run for a candidate, and the arguments that run it."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    width: int | None = None
+    rank: int = 3
+
+    def observe(self) -> tuple[Log, list[str]]:
+        """Log of one run, and the effects it had (undone)."""
+        watch = Watch(self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)])
+        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
+        watch.inputs = [(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        try:
+            log = record(self.module, args, kwargs, path=self.path)
+            return log, watch.changes()
+        finally:
+            watch.undo()
+
+    def with_input(self, x: torch.Tensor) -> Driver:
+        """The same driver on another value of its one tensor argument."""
+        args, kwargs = tree_map(lambda v: x if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
+        return Driver(self.path, self.module, args, kwargs, self.width, self.rank)
+
+
+@dataclass
+class Drivers:
+    """Makes drivers for candidates, from the calls of one run of the model on the user's inputs where there are any."""
+
+    model: nn.Module
+    captured: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model once and remember the arguments of each module's first call; returns the model's result."""
+        log = record(self.model, args, kwargs)
+        for site in log.sites:
+            if site.method == "forward" and site.path not in self.captured:
+                given = tree_map(lambda v, at=site.start: _value(log, v, at), (site.args, site.kwargs), is_leaf=_is_ref)
+                self.captured[site.path] = given
+        return tree_map(lambda v: _value(log, v, len(log.entries)), log.result, is_leaf=_is_ref)
+
+    def drivers(self, name: str, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Driver]:
+        """Drivers for the candidate called `name`, smallest module first."""
+        path: str | None = name
+        while path is not None:
+            module = self.model.get_submodule(path)
+            if path in self.captured:
+                args, kwargs = self.captured[path]
+                yield from self._alike(Driver(path, module, args, kwargs))
+            else:
+                yield from self._made(path, module, widths, dtype, device)
+            path = path.rpartition(".")[0] if path else None
+
+    def _alike(self, seen: Driver) -> Iterator[Driver]:
+        """A captured call with fresh numbers in its one float tensor, then the call as it was."""
+        leaves = [v for v in tree_flatten((seen.args, seen.kwargs))[0] if isinstance(v, torch.Tensor)]
+        if len(leaves) == 1 and leaves[0].is_floating_point() and leaves[0].dim() in (2, 3):
+            x = leaves[0]
+            shape = (2, 20, x.shape[-1]) if x.dim() == 3 else (40, x.shape[-1])
+            made = seen.with_input(tokens(shape, x.dtype, 1, device=x.device))
+            yield Driver(made.path, made.module, made.args, made.kwargs, x.shape[-1], x.dim())
+        yield seen
+
+    def _made(self, path: str, module: nn.Module, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Driver]:
+        required = Binder(module.forward).required
+        if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not required:
+            return
+        if len(required) > 1:
+            self.failures.append(f"{path or 'the model'} needs {', '.join(required)}")
+            return
+        for width in widths:
+            for rank, shape in ((3, (2, 20, width)), (2, (40, width))):
+                yield Driver(path, module, (tokens(shape, dtype, 1, device=device),), {}, width, rank)
+
+
+def _is_ref(value: Any) -> bool:
+    from moec.frontends.torch.oplog import Ref
+
+    return isinstance(value, Ref)
+
+
+def _value(log: Log, value: Any, at: int) -> Any:
+    return log.value(value.slot, at) if _is_ref(value) else value
+
+
+def raised(error: Exception, module: nn.Module) -> str:
+    """The error of a probe with the user's own line it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/moec/" not in f.filename]
+    where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}{where}"

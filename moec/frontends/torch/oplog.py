@@ -1,0 +1,293 @@
+"""The op log: everything one eager run of a block did, as dataflow between tensors.
+
+Capture by tracing fails on most MoE blocks (data-dependent loops, `.tolist()`), so the front end runs the user's code as it
+is and records each ATen call, each read of a value on the host, and each call of a submodule or method (a *site*).
+
+A tensor is named by its memory (storage, offset, shape, stride, dtype), not by its Python object: autograd re-wraps
+objects, and an alias of a tensor is the same value. Written storages keep a copy after each write, so the value of a tensor at
+any moment of the run can be asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+HOST_READ = "host_read"
+_HOST_READS = frozenset({"tolist", "numpy", "__array__", "data_ptr"})
+# A copy of a written storage larger than this is not kept: such tensors are never rows, weights or outputs of a probe.
+_HISTORY_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the log, by its slot."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ATen call, or one read of a tensor's values on the host (`op == HOST_READ`)."""
+
+    index: int
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: Any
+    writes: tuple[int, ...]
+
+    @functools.cached_property
+    def reads(self) -> tuple[int, ...]:
+        return tuple(leaf.slot for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Ref))
+
+    @functools.cached_property
+    def results(self) -> tuple[int, ...]:
+        return tuple(leaf.slot for leaf in tree_flatten(self.outs)[0] if isinstance(leaf, Ref))
+
+    @property
+    def name(self) -> str:
+        return self.op if isinstance(self.op, str) else str(self.op.overloadpacket.__name__)
+
+
+@dataclass
+class Site:
+    """One call of a module's `forward` or of another of its methods, and the entries [start, end) it covers."""
+
+    path: str
+    method: str
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    parent: Site | None
+    end: int = -1
+    result: Any = None
+
+    @property
+    def label(self) -> str:
+        return self.path if self.method == "forward" else f"{self.path}.{self.method}"
+
+    def covers(self, indices: Sequence[int]) -> bool:
+        return all(self.start <= i < self.end for i in indices)
+
+
+@dataclass
+class Log:
+    """Entries, sites and tensors of one run."""
+
+    entries: list[Entry] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    storages: list[int] = field(default_factory=list)
+    params: dict[int, str] = field(default_factory=dict)
+    result: Any = None
+
+    def __post_init__(self) -> None:
+        self._slots: dict[Any, int] = {}
+        self._producer: dict[int, int] = {}
+        self._writers: dict[int, list[int]] = {}
+        self._history: dict[int, list[tuple[int, torch.Tensor | None]]] = {}
+
+    # -- recording ----------------------------------------------------------------------------------------------------
+    def slot(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()._cdata
+        key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        found = self._slots.get(key)
+        if found is None:
+            found = self._slots[key] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.storages.append(storage)
+        return found
+
+    def refs(self, tree: Any) -> Any:
+        return tree_map(lambda v: Ref(self.slot(v)) if isinstance(v, torch.Tensor) else v, tree)
+
+    def before_write(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._history:
+            self._history[storage._cdata] = [(-1, _flat_copy(tensor))]
+
+    def append(self, op: Any, args: Any, kwargs: Any, outs: Any, written: Sequence[torch.Tensor]) -> None:
+        index = len(self.entries)
+        known = len(self.tensors)
+        entry = Entry(index, op, self.refs(args), self.refs(kwargs), self.refs(outs), tuple(self.slot(t) for t in written))
+        for slot in entry.results:
+            if slot >= known and slot not in entry.reads:
+                self._producer[slot] = index
+        for tensor in written:
+            storage = tensor.untyped_storage()._cdata
+            self._writers.setdefault(storage, []).append(index)
+            self._history[storage].append((index, _flat_copy(tensor)))
+        self.entries.append(entry)
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+    def producer(self, slot: int) -> int | None:
+        """Index of the entry that made the tensor; None for parameters, inputs and constants."""
+        return self._producer.get(slot)
+
+    def writers(self, slot: int, before: int) -> list[int]:
+        """Entries before `before` that wrote into the tensor's storage."""
+        return [i for i in self._writers.get(self.storages[slot], ()) if i < before]
+
+    def value(self, slot: int, at: int | None = None) -> torch.Tensor | None:
+        """The tensor as it was just before entry `at` (default: at the end); None if it was too large to keep."""
+        tensor = self.tensors[slot]
+        history = self._history.get(self.storages[slot])
+        if history is None:
+            return tensor
+        moment = len(self.entries) if at is None else at
+        flat = next(copy for i, copy in reversed(history) if i < moment)
+        return None if flat is None else flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def param_of(self, slot: int) -> str | None:
+        """Name of the parameter (or buffer) whose storage the tensor lies in."""
+        return self.params.get(self.storages[slot])
+
+    def closure(self, wanted: Sequence[tuple[int, int]], stop: Mapping[int, int] | None = None, start: int = 0) -> set[int]:
+        """Entries from `start` on that (slot, moment) values depend on.
+
+        `stop` maps a slot to the entry after which its value is taken as given: what made it is not looked at, what was
+        written into it later is.
+        """
+        stop = stop or {}
+        given = {self.storages[slot]: moment for slot, moment in stop.items()}
+        needed: set[int] = set()
+        todo = [(slot, at) for slot, at in wanted]
+        while todo:
+            slot, at = todo.pop()
+            since = given.get(self.storages[slot], -1)
+            sources = [i for i in self._writers.get(self.storages[slot], ()) if since < i < at]
+            made = self._producer.get(slot)
+            if made is not None and made < at and slot not in stop:
+                sources.append(made)
+            for index in sources:
+                if index >= start and index not in needed:
+                    needed.add(index)
+                    todo.extend((read, index) for read in self.entries[index].reads)
+        return needed
+
+    def consumers(self, slot: int) -> Iterator[Entry]:
+        return (entry for entry in self.entries if slot in entry.reads)
+
+
+def _flat_copy(tensor: torch.Tensor) -> torch.Tensor | None:
+    storage = tensor.untyped_storage()
+    if storage.nbytes() > _HISTORY_LIMIT:
+        return None
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[arg-type]
+    return flat.clone()
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
+    arguments = op._schema.arguments
+    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+class _AtenRecorder(TorchDispatchMode):
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written: list[torch.Tensor] = []
+        for position, name in _written_arguments(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            written.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor))
+        for tensor in written:
+            self.log.before_write(tensor)
+        out = func(*args, **kwargs)
+        self.log.append(func, args, kwargs, out, written)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(out)[0]) and out is not None:
+            self.log.append(HOST_READ, args, {}, None, ())
+        return out
+
+
+class _HostReadRecorder(TorchFunctionMode):
+    """`.tolist()` and `.numpy()` read memory without an ATen call."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _HOST_READS:
+            self.log.append(HOST_READ, args[:1], {}, None, ())
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder:
+    """Stands in for one method of one module instance while a run is recorded."""
+
+    def __init__(self, state: _Recording, path: str, name: str, module: torch.nn.Module, call: Callable[..., Any]) -> None:
+        self.state, self.path, self.name, self.module, self.call = state, path, name, module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        log = self.state.log
+        site = Site(self.path, self.name, self.module, log.refs(args), log.refs(kwargs), len(log.entries), self.state.open)
+        log.sites.append(site)
+        self.state.open = site
+        try:
+            result = self.call(*args, **kwargs)
+        finally:
+            self.state.open = site.parent
+            site.end = len(log.entries)
+        site.result = log.refs(result)
+        return result
+
+
+@dataclass
+class _Recording:
+    log: Log
+    open: Site | None = None
+
+
+def _methods(module: torch.nn.Module) -> Iterator[str]:
+    """Names of the plain methods a user's class defines, `forward` first."""
+    yield "forward"
+    for cls in type(module).__mro__:
+        if cls is torch.nn.Module:
+            return
+        if cls.__module__.startswith("torch.nn.modules") and cls.__name__ != "TransformerEncoderLayer":
+            continue
+        # A class with very many methods is a model's root (generate, save_pretrained, ...), not a layer.
+        own = [n for n, f in vars(cls).items() if not n.startswith("__") and n != "forward" and callable(f)]
+        if len(own) <= 24:
+            yield from (n for n in own if not isinstance(vars(cls)[n], (staticmethod, classmethod, type)))
+
+
+def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", method: str = "forward") -> Log:
+    """Run `module.<method>(*args, **kwargs)` without gradients and return what it did.
+
+    Names of sites and parameters are prefixed with `path`. Instance attributes set for the recording are removed again,
+    whatever happens.
+    """
+    log = Log()
+    prefix = f"{path}." if path else ""
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        log.params.setdefault(tensor.untyped_storage()._cdata, prefix + name)
+    state = _Recording(log)
+    set_on: list[tuple[torch.nn.Module, str]] = []
+    try:
+        for name, child in module.named_modules(prefix=path):
+            for attribute in _methods(child):
+                call = getattr(child, attribute, None)
+                if call is None or attribute in child.__dict__ or isinstance(child, torch.jit.ScriptModule):
+                    continue
+                child.__dict__[attribute] = _Recorder(state, name, attribute, child, call)
+                set_on.append((child, attribute))
+        with torch.no_grad(), _HostReadRecorder(log), _AtenRecorder(log):
+            log.result = log.refs(getattr(module, method)(*args, **kwargs))
+    finally:
+        for child, attribute in set_on:
+            child.__dict__.pop(attribute, None)
+    return log

@@ -1,0 +1,150 @@
+"""The host program around sliced experts: the block's own operations, made to hold at any size.
+
+Built from two or more logs of one block at different shapes. Operations must be the same, integers that differ must be
+size expressions of the input, everything else must be equal; parameters and buffers are read live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.items import Item, slots
+from moec.frontends.torch.oplog import Log, Ref
+from moec.frontends.torch.sizes import Size, solve
+
+
+@dataclass(frozen=True)
+class Live:
+    """A parameter or buffer, read from the module on each call."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation, or one call of the submodule at `path`; `outs` are the slots it fills."""
+
+    op: Any
+    path: str | None
+    arguments: Any
+    outs: tuple[int | None, ...]
+    text: str
+
+
+class Aligned:
+    """Slots of several logs of one block, matched to the slots of the first."""
+
+    def __init__(self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], params: Mapping[str, torch.Tensor], prefix: str) -> None:
+        self.logs, self.shapes, self.params = logs, shapes, params
+        self.prefix = f"{prefix}." if prefix else ""
+        self.match: dict[int, tuple[int, ...]] = {}
+
+    def tie(self, trees: Sequence[Any]) -> None:
+        """The tensors of these trees (one per log) correspond."""
+        for same in zip(*(slots(tree) for tree in trees), strict=True):
+            self.match.setdefault(same[0], same)
+
+    def step(self, items: Sequence[Item]) -> Step:
+        """One step from the corresponding items of all logs."""
+        head = items[0]
+        if any(item.name != head.name for item in items):
+            raise NotLifted(f"{head.name} at one shape is {next(i.name for i in items if i.name != head.name)} at another")
+        arguments = self.tree([item.arguments for item in items], head.name)
+        self.tie([item.outputs for item in items])
+        outs = tuple(leaf.slot if isinstance(leaf, Ref) else None for leaf in tree_flatten(head.outputs)[0])
+        path = head.site.path.removeprefix(self.prefix) if head.site is not None else None
+        return Step(head.entry.op if head.entry is not None else None, path, arguments, outs, head.name)
+
+    def tree(self, trees: Sequence[Any], where: str) -> Any:
+        """The first tree with its leaves made to hold at every shape."""
+        flat = [tree_flatten(tree) for tree in trees]
+        if any(spec != flat[0][1] for _, spec in flat):
+            raise NotLifted(f"{where} is called differently at different shapes")
+        leaves = [self._leaf(values, where) for values in zip(*(f[0] for f in flat), strict=True)]
+        return tree_unflatten(leaves, flat[0][1])
+
+    def _leaf(self, values: Sequence[Any], where: str) -> Any:
+        if all(isinstance(v, Ref) for v in values):
+            return self._tensor([v.slot for v in values], where)
+        if all(type(v) is int for v in values):
+            size = solve(values, self.shapes)
+            if size is None:
+                raise NotLifted(f"{where} takes {values[0]}, {values[1]} at two shapes, which is no size of the input")
+            return size
+        if any(type(v) is not type(values[0]) for v in values) or any(isinstance(v, Ref) for v in values):
+            raise NotLifted(f"{where} takes arguments of different kinds at different shapes")
+        first = values[0]
+        if any(v is not first and not _same(v, first) for v in values):
+            raise NotLifted(f"{where} takes {first!r}, {next(v for v in values if not _same(v, first))!r} at two shapes")
+        return first
+
+    def _tensor(self, same: list[int], where: str) -> Any:
+        if self.match.get(same[0]) == tuple(same):
+            return Ref(same[0])
+        names = {log.param_of(slot) for log, slot in zip(self.logs, same, strict=True)}
+        tensor = self.logs[0].tensors[same[0]]
+        name = next(iter(names))
+        if len(names) == 1 and name is not None and name.startswith(self.prefix) and name in self.params:
+            offset = tensor.storage_offset() - self.params[name].storage_offset()
+            return Live(name.removeprefix(self.prefix), offset, tuple(tensor.shape), tuple(tensor.stride()))
+        constant = all(log.producer(slot) is None for log, slot in zip(self.logs, same, strict=True)) and tensor.numel() <= 64
+        if names == {None} and constant and all(_equal(log.tensors[s], tensor) for log, s in zip(self.logs, same, strict=True)):
+            return tensor.clone()
+        raise NotLifted(f"{where} reads a tensor of shape {tuple(tensor.shape)} that is neither computed from the input nor a parameter")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # a user's object may compare as it likes
+        return False
+
+
+class Runner:
+    """Runs steps over an environment of slots."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def resolve(self, tree: Any, env: Mapping[int, torch.Tensor], dims: Sequence[int]) -> Any:
+        def leaf(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return env[value.slot]
+            if isinstance(value, Size):
+                return value(dims)
+            return self._live(value) if isinstance(value, Live) else value
+
+        return tree_map(leaf, tree, is_leaf=lambda v: isinstance(v, (Ref, Size, Live)))
+
+    def run(self, steps: Sequence[Step], env: dict[int, torch.Tensor], dims: Sequence[int]) -> None:
+        for step in steps:
+            args, kwargs = self.resolve(step.arguments, env, dims)
+            if step.path is not None:
+                out = self.module.get_submodule(step.path)(*args, **kwargs)
+            else:
+                out = step.op(*args, **kwargs)
+            for slot, value in zip(step.outs, tree_flatten(out)[0], strict=True):
+                if slot is not None:
+                    env[slot] = value
+
+    def _live(self, live: Live) -> torch.Tensor:
+        path, _, leaf = live.name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        found = getattr(owner, leaf)
+        assert isinstance(found, torch.Tensor)
+        if tuple(found.shape) == live.shape and found.stride() == live.stride and live.offset == 0:
+            return found
+        return found.as_strided(live.shape, live.stride, found.storage_offset() + live.offset)

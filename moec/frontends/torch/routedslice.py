@@ -1,0 +1,83 @@
+"""The sliced cut for a mixture whose routing and experts are written in one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.items import split
+from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.observe import Driver
+from moec.frontends.torch.observe import tokens as random_tokens
+from moec.frontends.torch.oplog import Log
+from moec.frontends.torch.sliceit import SHAPES, Observed, _input, same_site, sites_of, slice_at
+from moec.frontends.torch.solve import solve_routed
+
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a log is read: the body it shows, the entries of its experts, and which of them ran."""
+
+    body: Body
+    entries: tuple[int, ...]
+    reached: frozenset[object]
+
+
+def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
+    """Slice the smallest block around the experts that can be; raises NotLifted with the reason for the smallest."""
+    seen, body = _observe(driver, read)
+    reasons = []
+    for site in sites_of(seen[0])[:4]:
+        try:
+            blocks = split(seen[0].log, site, seen[0].entries)
+            solution = solve_routed(blocks, body, params)
+            if solution is None:
+                raise NotLifted(f"{site.label or 'the model'}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)")
+            for other in seen[1:]:
+                same_site(site, other.log)
+            evidence = (
+                f"{site.label or 'the model'} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
+                f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
+                f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+            )
+            return slice_at(site, seen, solution, body, params, evidence)
+        except NotLifted as reason:
+            reasons.append(str(reason))
+    raise NotLifted(reasons[0] if reasons else "no call holds all of the experts")
+
+
+def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], Body]:
+    """Logs at several shapes, and the body unified over them once every expert has run."""
+    x = _input(driver)
+    seen: list[Observed] = []
+    reached: set[object] = set()
+    body: Body | None = None
+    for i in range(len(SHAPES) + _TRIES):
+        batch, length = SHAPES[i] if i < len(SHAPES) else (2, 16 * 2 ** min(i - len(SHAPES), 4))
+        shape = (batch, length, x.shape[-1]) if x.dim() == 3 else (batch * length, x.shape[-1])
+        probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
+        log, effects = driver.with_input(probe).observe()
+        if effects:
+            raise NotLifted(f"the block {effects[0]}")
+        reading = read(log)
+        if body is None:
+            body = reading.body
+        elif reading.body != body:
+            raise NotLifted("the experts compute different things for different inputs")
+        reached |= reading.reached
+        if i < len(SHAPES):
+            seen.append(Observed(log, reading.entries, reading.reached))
+        elif len(reached) >= body.experts:
+            break
+        if i >= len(SHAPES) - 1 and len(reached) >= body.experts:
+            break
+    assert body is not None
+    if len(reached) < body.experts:
+        raise NotLifted(f"{body.experts - len(reached)} of {body.experts} experts were never reached by the probes")
+    return seen, body

@@ -1,0 +1,56 @@
+"""The ways user code tells its experts which tokens they get, brought to one: experts [T, K] and weights [T, K].
+
+An expert index E means "no expert": the slot contributes nothing. A call with another number of slots than K is unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Unusual(ValueError):
+    """The call's values are outside what was verified; the original code must serve it."""
+
+
+Routing = tuple[torch.Tensor, torch.Tensor]
+Form = Callable[[torch.Tensor | None, torch.Tensor, int, int, int], Routing]
+
+
+def from_indices(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+    """Expert indices and weights of the same number of slots."""
+    assert selector is not None
+    return selector.reshape(tokens, slots), weights.reshape(tokens, slots)
+
+
+def from_unit_indices(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+    """Expert indices alone; every weight is one (`weights` only lends its dtype)."""
+    assert selector is not None
+    chosen = selector.reshape(tokens, slots)
+    return chosen, torch.ones(chosen.shape, dtype=weights.dtype, device=weights.device)
+
+
+def from_mask(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+    """A one-hot row per slot; a row of zeros is a dropped token."""
+    assert selector is not None
+    mask = selector.reshape(tokens, slots, experts)
+    chosen = mask == 1
+    count = chosen.sum(-1)
+    if bool((count > 1).any()) or bool((mask[~chosen] != 0).any()):
+        raise Unusual("a row of the dispatch mask is not one-hot")
+    return torch.where(count > 0, chosen.to(torch.uint8).argmax(-1), experts), weights.reshape(tokens, slots)
+
+
+def from_dense(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+    """A weight for every token and expert; zero means the expert is not asked."""
+    gates = weights.reshape(tokens, experts)
+    asked = gates != 0
+    if tokens and int(asked.sum(-1).max()) > slots:
+        raise Unusual(f"a token asks more than {slots} experts")
+    every = torch.arange(experts, device=gates.device)
+    chosen = torch.where(asked, every, experts).sort(-1).values[:, :slots]
+    return chosen, gates.gather(-1, chosen.clamp(max=experts - 1)).masked_fill(chosen == experts, 0)
+
+
+FORMS: dict[str, Form] = {"indices": from_indices, "unit": from_unit_indices, "mask": from_mask, "dense": from_dense}

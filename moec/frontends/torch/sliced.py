@@ -1,0 +1,141 @@
+"""The sliced cut: a block's own operations up to x, experts and weights, the lifted experts, and its own operations from y on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.items import Blocks, Item, needed, slots
+from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site
+from moec.frontends.torch.program import Aligned, Step
+from moec.frontends.torch.solve import Solution
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`before` runs, then the experts on x, selector and weights give y, then `after` runs; `result` is what the block returns."""
+
+    x_name: str
+    others: Mapping[str, Any]
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    x: Any
+    selector: Any
+    weights: Any
+    y_slot: int
+    y_shape: tuple[Any, ...]
+    y_dtype: torch.dtype
+    input_slot: int
+    result: Any
+
+    @property
+    def text(self) -> str:
+        """The host program, one step a line."""
+        return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
+
+
+def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor]) -> Slice:
+    """The slice that holds for all the logs in `parts` (the solution is for the first). Raises NotLifted with the reason."""
+    main = parts[0]
+    log, site = main.log, main.site
+    name, dims = _single_input(parts)
+    heads = [(s, main.first) for s in (found.x, found.selector, found.weights) if s is not None]
+    ends = [(s, site.end) for s in slots(site.result)]
+    y = (found.y, found.complete)
+    kept = needed(main, ends, y)
+    ahead = needed(main, heads, None)
+    if kept is None or ahead is None:
+        raise NotLifted("the block's result needs values computed among its experts")
+    chosen = {item.start: item for item in [*kept, *ahead]}
+    _check_effects(log, site, list(chosen.values()), main)
+    _check_reads(main, found)
+    before = [chosen[i] for i in sorted(chosen) if i < main.first]
+    after = [chosen[i] for i in sorted(chosen) if i >= main.first]
+    aligned = Aligned([p.log for p in parts], dims, params, site.path)
+    aligned.tie([(p.site.args, p.site.kwargs) for p in parts])
+    first = tuple(aligned.step(_counterparts(parts, item)) for item in before)
+    x, selector, weights = (None if s is None else aligned.tree([Ref(t) for t in _matching(aligned, s)], "experts") for s in (found.x, found.selector, found.weights))
+    y_slots = _y_slots(parts, aligned, found)
+    shapes = [tuple(p.log.tensors[s].shape) for p, s in zip(parts, y_slots, strict=True)]
+    aligned.match[found.y] = tuple(y_slots)
+    second = tuple(aligned.step(_counterparts(parts, item)) for item in after)
+    result = aligned.tree([p.site.result for p in parts], "the block's result")
+    bound = Binder(getattr(site.module, site.method))(site.args, site.kwargs)
+    others = {k: v for k, v in bound.items() if k != name}
+    return Slice(
+        name, others, first, second, x, selector, weights, found.y, tuple(aligned.tree(shapes, "y")), log.tensors[found.y].dtype,
+        bound[name].slot, result,
+    )  # fmt: skip
+
+
+def _matching(aligned: Aligned, slot: int) -> tuple[int, ...]:
+    if slot not in aligned.match:
+        raise NotLifted("x, experts or weights are not computed by the block itself")
+    return aligned.match[slot]
+
+
+def _single_input(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]]]:
+    """Name of the one tensor argument and its shape in each log."""
+    site = parts[0].site
+    bound = Binder(getattr(site.module, site.method))(site.args, site.kwargs)
+    tensors = [n for n, v in bound.items() if isinstance(v, Ref)]
+    if len(tensors) != 1 or len(slots((site.args, site.kwargs))) != 1:
+        raise NotLifted(f"the block takes {len(slots((site.args, site.kwargs)))} tensors; a sliced block takes one")
+    given = [slots((p.site.args, p.site.kwargs)) for p in parts]
+    return tensors[0], [tuple(p.log.tensors[g[0]].shape) for p, g in zip(parts, given, strict=True)]
+
+
+def _check_effects(log: Log, site: Site, kept: Sequence[Item], blocks: Blocks) -> None:
+    outside = {log.storages[s] for s in slots((site.args, site.kwargs))}
+    for item in kept:
+        for index in range(item.start, item.end):
+            for slot in log.entries[index].writes:
+                if log.param_of(slot) is not None or log.storages[slot] in outside:
+                    raise NotLifted(f"{item.name} writes into the block's input or its parameters")
+
+
+def _check_reads(blocks: Blocks, found: Solution) -> None:
+    """A value read on the host steers Python code that the slice no longer runs; only the routing may do that."""
+    log = blocks.log
+    steering = {log.storages[s] for s in (found.selector, found.weights) if s is not None}
+    inside = {i for item in blocks.items if item.site is not None for i in range(item.start, item.end)}
+    for entry in log.entries[blocks.site.start : blocks.site.end]:
+        if entry.op != HOST_READ or entry.index in inside or not entry.reads:
+            continue
+        behind = log.closure([(entry.reads[0], entry.index)], start=blocks.site.start)
+        touched = {log.storages[s] for i in behind for s in (*log.entries[i].reads, *log.entries[i].results)} | {log.storages[entry.reads[0]]}
+        if not touched & steering:
+            tensor = log.tensors[entry.reads[0]]
+            raise NotLifted(f"the block's code reads a tensor of shape {tuple(tensor.shape)} on the host and may branch on it")
+
+
+def _counterparts(parts: Sequence[Blocks], item: Item) -> list[Item]:
+    """The item in each log: by position from the front before the experts, from the back after them."""
+    main = parts[0]
+    position = next((i for i, p in enumerate(main.prefix) if p.start == item.start), None)
+    from_end = None if position is not None else len(main.suffix) - next(i for i, s in enumerate(main.suffix) if s.start == item.start)
+    same = []
+    for part in parts:
+        items = part.prefix if position is not None else part.suffix
+        index = position if position is not None else len(items) - from_end  # type: ignore[operator]
+        if not 0 <= index < len(items):
+            raise NotLifted("the block does different operations at different shapes")
+        same.append(items[index])
+    return same
+
+
+def _y_slots(parts: Sequence[Blocks], aligned: Aligned, found: Solution) -> list[int]:
+    """The slot of y in each log."""
+    if found.y in aligned.match:
+        return list(aligned.match[found.y])
+    main = parts[0]
+    made = next((i for i in main.items if found.y in i.results), None)
+    if made is None:
+        raise NotLifted("the experts' result is made among the experts")
+    where = made.results.index(found.y)
+    return [item.results[where] for item in _counterparts(parts, made)]

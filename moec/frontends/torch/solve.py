@@ -1,0 +1,175 @@
+"""Solving y = sum_k w_k f_{e_k}(x) for x, e, w and y among the tensors of a block's log.
+
+T tokens, K experts per token, E experts. Of all tensors that fit, the latest x, e and w before the experts and the earliest complete y
+are taken, so that nothing the user's code does to them in between is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.direct import near
+from moec.frontends.torch.items import Blocks, slots
+from moec.frontends.torch.routing import FORMS
+
+_MOST_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Slots of x, selector, weights and y in the first log, and the entry after which y is complete."""
+
+    x: int
+    selector: int | None
+    weights: int | None
+    form: str | None
+    num_slots: int
+    y: int
+    complete: int
+    on_input: bool
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    slot: int
+    value: torch.Tensor
+
+
+def _before(blocks: Blocks) -> list[_Candidate]:
+    """Tensors that exist when the first expert starts, latest first, equal values once."""
+    made = [slot for item in blocks.prefix for slot in item.results]
+    given = list(slots((blocks.site.args, blocks.site.kwargs)))
+    found: list[_Candidate] = []
+    for slot in dict.fromkeys([*reversed(made), *given]):
+        value = blocks.log.value(slot, blocks.first)
+        if value is None or not value.numel() or blocks.log.param_of(slot) is not None:
+            continue
+        if not any(value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found):
+            found.append(_Candidate(slot, value))
+    return found
+
+
+def _after(blocks: Blocks, body: Body, start: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(slot, entry, value) of floats as wide as an expert's output that appear or change from entry `start` on, earliest first."""
+    log = blocks.log
+    for index in range(start, blocks.site.end):
+        entry = log.entries[index]
+        for slot in dict.fromkeys((*entry.results, *entry.writes)):
+            tensor = log.tensors[slot]
+            if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] == body.outputs:
+                value = log.value(slot, index + 1)
+                if value is not None:
+                    yield slot, index, value
+
+
+def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor]) -> Solution | None:
+    """The solution for a mixture, None when no tensors of the log fit."""
+    candidates = _before(blocks)
+    loose = 1e-4 if _precise(params, body) else 4e-2
+    ends = list(_after(blocks, body, blocks.last))
+    for x in candidates:
+        if not x.value.is_floating_point() or not x.value.dim() or x.value.shape[-1] != body.inputs:
+            continue
+        tokens = x.value.numel() // body.inputs
+        rows = x.value.reshape(tokens, -1).float()
+        fitting = [(s, i, v.reshape(tokens, -1).float()) for s, i, v in ends if v.numel() == tokens * body.outputs]
+        if not fitting:
+            continue
+        outputs = _ExpertOutputs(body, params, rows)
+        for form, selector, weights, num_slots in _routings(candidates, x, tokens, body.experts):
+            chosen = _routing(form, selector, weights, rows, tokens, body.experts, num_slots)
+            if chosen is None:
+                continue
+            for on_input in (False, True):
+                if on_input and form == "unit":
+                    continue
+                mine = outputs.combine(*chosen, on_input=on_input)
+                for slot, index, value in fitting:
+                    if near(mine, value, loose):
+                        picked = (None if c is None else c.slot for c in (selector, weights))
+                        return Solution(x.slot, *picked, form, num_slots, slot, index, on_input)
+    return None
+
+
+def solve_dense(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor], source: int) -> Solution | None:
+    """The solution for a plain FFN whose rows are the tensor `source`."""
+    x = blocks.log.value(source, blocks.first)
+    if x is None:
+        return None
+    rows = x.reshape(-1, body.inputs).float()
+    mine = body.expert(params, 0, rows)
+    loose = 1e-4 if _precise(params, body) else 4e-2
+    for slot, index, value in _after(blocks, body, blocks.last):
+        if value.numel() == mine.numel() and near(mine, value.reshape(mine.shape).float(), loose):
+            return Solution(source, None, None, None, 1, slot, index, False)
+    return None
+
+
+def _precise(params: Mapping[str, torch.Tensor], body: Body) -> bool:
+    return all(params[name].dtype in (torch.float32, torch.float64) for name in body.params)
+
+
+class _ExpertOutputs:
+    """f_e(x_t), computed once per expert and token asked for."""
+
+    def __init__(self, body: Body, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> None:
+        self.body, self.params, self.rows = body, params, rows
+        self._known: dict[int, torch.Tensor] = {}
+
+    def of(self, expert: int) -> torch.Tensor:
+        if expert not in self._known:
+            self._known[expert] = self.body.expert(self.params, expert, self.rows)
+        return self._known[expert]
+
+    def combine(self, experts: torch.Tensor, weights: torch.Tensor, *, on_input: bool) -> torch.Tensor:
+        if on_input:
+            return self.body.evaluate(self.params, self.rows, experts, weights, on_input=True)
+        out = torch.zeros(self.rows.shape[0], self.body.outputs)
+        for expert in torch.unique(experts).tolist():
+            if 0 <= expert < self.body.experts:
+                gate = torch.where(experts == expert, weights.float(), 0.0).sum(-1, keepdim=True)
+                out += torch.where(gate != 0, gate * self.of(expert), 0.0)
+        return out
+
+
+Routing = tuple[str, "_Candidate | None", "_Candidate | None", int]
+
+
+def _routings(candidates: Sequence[_Candidate], x: _Candidate, tokens: int, experts: int) -> Iterator[Routing]:
+    """(form, selector, weights, K) that fit by shape and range."""
+    pool = [c for c in candidates if c is not x and c.value.numel() and c.value.numel() % tokens == 0]
+    weights = [c for c in pool if c.value.is_floating_point() and c.value.numel() // tokens <= max(_MOST_SLOTS, experts)]
+    indices = [c for c in pool if _is_index(c.value, experts) and c.value.numel() // tokens <= _MOST_SLOTS]
+    for w in weights:
+        for i in indices:
+            if i.value.numel() == w.value.numel():
+                yield "indices", i, w, i.value.numel() // tokens
+    for w in weights:
+        for m in pool:
+            fits = m is not w and m.value.dim() > 1 and m.value.shape[-1] == experts and m.value.numel() == w.value.numel() * experts
+            if fits and bool(((m.value == 0) | (m.value == 1)).all()):
+                yield "mask", m, w, w.value.numel() // tokens
+    for i in indices:
+        yield "unit", i, None, i.value.numel() // tokens
+    for w in weights:
+        if w.value.shape[-1:] == (experts,) and w.value.numel() == tokens * experts:
+            yield "dense", None, w, max(1, int((w.value.reshape(tokens, experts) != 0).sum(-1).max()))
+
+
+def _is_index(value: torch.Tensor, experts: int) -> bool:
+    whole = not value.is_floating_point() and value.dtype != torch.bool
+    return whole and bool((value >= 0).all() and (value <= experts).all())
+
+
+def _routing(
+    form: str, selector: _Candidate | None, weights: _Candidate | None, rows: torch.Tensor, tokens: int, experts: int, num_slots: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        given = weights.value if weights is not None else rows
+        return FORMS[form](None if selector is None else selector.value, given, tokens, experts, num_slots)
+    except ValueError:
+        return None

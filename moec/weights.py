@@ -1,0 +1,151 @@
+"""Where a region's weights live: strided views of the user's own parameters, read live and never copied.
+
+N outputs, C inputs of a matrix; E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moec.errors import MoecError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided view of one parameter: `offset`, `shape` and `stride` in elements, relative to the parameter's own storage offset."""
+
+    param: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a parameter looked like when its views were taken."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class WeightStore:
+    """Named weights of one region as views of `module`'s parameters.
+
+    `views[name]` is one `View` (a dense weight) or a tuple of them (one per expert). Parameters are looked up by name on each read, so
+    `load_state_dict`, `.to()` and replaced parameters are seen at once. A parameter whose shape or strides changed raises MOEC230.
+    """
+
+    def __init__(self, module: torch.nn.Module, views: Mapping[str, View | tuple[View, ...]]) -> None:
+        self.module = module
+        self.views = dict(views)
+        names = sorted({view.param for entry in self.views.values() for view in _as_tuple(entry)})
+        self._paths = {name: tuple(name.split(".")) for name in names}
+        self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
+        self._even = {name: _even_step(entry) for name, entry in self.views.items() if isinstance(entry, tuple)}
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters the views lie in, relative to `module`."""
+        return tuple(self._paths)
+
+    def param(self, name: str) -> torch.Tensor:
+        """The live parameter (or buffer) called `name`."""
+        *path, leaf = self._paths[name]
+        module = self.module
+        try:
+            for part in path:
+                module = module._modules[part]  # type: ignore[assignment]
+            found = module._parameters.get(leaf)
+            found = module._buffers[leaf] if found is None else found
+        except (KeyError, AttributeError):
+            found = None
+        if found is None:
+            raise MoecError(
+                "MOEC230",
+                f"weight {name!r} is gone from the module",
+                hint="call moec.refresh(model) after replacing modules",
+            )
+        return found
+
+    def _live(self, name: str) -> torch.Tensor:
+        tensor, layout = self.param(name), self._layouts[name]
+        if tuple(tensor.shape) != layout.shape or tensor.stride() != layout.stride:
+            raise MoecError(
+                "MOEC230",
+                f"weight {name!r} changed from shape {layout.shape}, strides {layout.stride} to {tuple(tensor.shape)}, {tensor.stride()}",
+                hint="call moec.refresh(model) after changing the layout of parameters",
+            )
+        return tensor
+
+    def _read(self, view: View) -> torch.Tensor:
+        tensor, layout = self._live(view.param), self._layouts[view.param]
+        if view.offset == 0 and view.shape == layout.shape and view.stride == layout.stride:
+            return tensor
+        return tensor.as_strided(view.shape, view.stride, tensor.storage_offset() + view.offset)
+
+    def experts(self, name: str) -> Sequence[torch.Tensor]:
+        """E live zero-copy tensors, [N, C] matrices or [N] biases, in expert order."""
+        whole = self.stacked(name)
+        return whole.unbind(0) if whole is not None else _LazyExperts(self, _as_tuple(self.views[name]))
+
+    def stacked(self, name: str) -> torch.Tensor | None:
+        """One live zero-copy tensor [E, ...], or None when the experts are not evenly spaced in one parameter."""
+        entry = self.views[name]
+        step = self._even.get(name)
+        if step is None or not isinstance(entry, tuple):
+            return None
+        first = entry[0]
+        tensor, layout = self._live(first.param), self._layouts[first.param]
+        shape, stride = (len(entry), *first.shape), (step, *first.stride)
+        if first.offset == 0 and shape == layout.shape and stride == layout.stride:
+            return tensor
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + first.offset)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The live zero-copy tensor of a weight that is not per expert."""
+        entry = self.views[name]
+        if isinstance(entry, tuple):
+            raise MoecError("MOEC230", f"weight {name!r} is per expert, a dense weight was expected")
+        return self._read(entry)
+
+    def version(self) -> Hashable:
+        """Changes when a parameter is replaced, moved, cast or written in place; `p.data` writes are not seen."""
+        return tuple((id(p), p.data_ptr(), p._version, p.dtype) for p in map(self.param, self._paths))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters the views lie in."""
+        return sum(p.numel() * p.element_size() for p in map(self.param, self._paths))
+
+
+class _LazyExperts(Sequence["torch.Tensor"]):
+    """Reads an expert's view only when asked: only hit experts are touched."""
+
+    def __init__(self, store: WeightStore, views: tuple[View, ...]) -> None:
+        self._store, self._views = store, views
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return self._store._read(self._views[index])
+
+
+def _as_tuple(entry: View | tuple[View, ...]) -> tuple[View, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _even_step(views: tuple[View, ...]) -> int | None:
+    """Distance between consecutive experts in one parameter, None where there is no single one."""
+    first = views[0]
+    if any((v.param, v.shape, v.stride) != (first.param, first.shape, first.stride) for v in views):
+        return None
+    if len(views) == 1:
+        return max((n * s for n, s in zip(first.shape, first.stride, strict=True)), default=1)
+    step = views[1].offset - first.offset
+    return step if all(v.offset == first.offset + i * step for i, v in enumerate(views)) else None

@@ -96,7 +96,7 @@ class Bench:
             raise MoecError(
                 "MOEC605",
                 f"cannot guess the inputs of {type(self.before).__name__}",
-                hint="let the factory return (model, make_inputs): make_inputs(tokens) gives its arguments",
+                hint="pass example_inputs to compile, or let the factory return (model, make_inputs)",
             )
         groups = like_layers(self.report, every=self.every_layer)
         fallbacks = [layer.fallbacks for layer in self.report.layers]

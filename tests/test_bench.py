@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moec.bench import Bench, Call, Effort, capture, compare, like_layers, resize, timing
+from moec.benchinputs import guess_inputs, measurer
 from moec.benchpage import page, plot, ticks
 from moec.benchresult import BenchResult, Row, Timing
 from moec.errors import MoecError
@@ -140,6 +142,54 @@ def test_without_inputs_it_says_what_to_pass() -> None:
         Bench(Model(0), Model(0), Report(layers=[compiled("layers.0")])).run([1])
     assert caught.value.hint is not None
     assert "make_inputs" in caught.value.hint
+
+
+REGION = """region a(%x: f32[T, {width}]) {{
+  %y = act(%x) {{fn="silu"}}
+  return %y
+}}"""
+
+
+class Flat(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _ = x.shape  # takes x[T, D] and nothing else
+        assert rows
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "shape"),
+    [(Block(0), [4], (1, 3, 4)), (Block(0), [9, 4], (1, 3, 4)), (Flat(4, 4), [4], (3, 4)), (Block(0), [9], None)],
+)
+def test_inputs_are_guessed_from_the_widths_of_layers(
+    model: nn.Module, widths: list[int], shape: tuple[int, ...] | None
+) -> None:
+    layers = [compiled("not read"), *(compiled(f"layers.{width}") for width in widths)]
+    for layer, width in zip(layers[1:], widths, strict=True):
+        layer.ir_before = REGION.format(width=width)
+    make = guess_inputs(model, Report(layers=layers))
+    assert (make is None) == (shape is None)
+    if make is not None:
+        (x,) = make(3)
+        assert isinstance(x, Tensor)
+        assert (x.shape, x.dtype) == (shape, torch.float32)
+
+
+def test_measurer_fills_in_the_report() -> None:
+    report = Report(layers=[compiled("layers.0")])
+    report.measurer = measurer(Model(0), Model(0), report, example_inputs=(torch.ones(1, 2, 4),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Effort, "__init__", functools.partialmethod(Effort.__init__, seconds=0.0))
+        report.measure(tokens=[1, 4])
+    assert [row["tokens"] for row in report.layers[0].latency] == [1, 4]
+    assert [row["tokens"] for row in report.latency] == [2]
+
+
+def test_measurer_without_inputs_says_what_to_pass() -> None:
+    report = Report(layers=[compiled("layers.0")])
+    report.measurer = measurer(Model(0), Model(0), report)
+    with pytest.raises(MoecError, match="MOEC605"):
+        report.measure(tokens=[1])
 
 
 def test_a_layer_that_is_the_model_has_no_second_row_for_the_model() -> None:

@@ -368,6 +368,15 @@ def test_bench_checks_where_it_writes_before_it_works(
     assert fake_api.asked == {}
 
 
+def test_bench_makes_inputs_as_wide_as_the_layers(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
+) -> None:
+    fake_api.found[0].ir_before = REGION.format(name="a")
+    status, out, err = run(capsys, "bench", f"{file}:without_inputs", *BENCH, "--json")
+    assert status == 0, err
+    assert [row["tokens"] for row in json.loads(out)["rows"] if row["name"] == "whole model"] == [1, 3]
+
+
 def test_bench_without_inputs_says_what_to_pass(
     capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str
 ) -> None:

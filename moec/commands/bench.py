@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from moec import bench
+    from moec.benchinputs import guess_inputs
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         before=loaded.model,
         after=compiled,
         report=report,
-        make_inputs=loaded.make_inputs,
+        make_inputs=loaded.make_inputs or guess_inputs(loaded.model, report),
         effort=bench.Effort(seconds=arguments.seconds),
         every_layer=arguments.every_layer,
     )

@@ -52,8 +52,8 @@ class Case:
     outside: Callable[[], Any] | None = None  # reads an effect that leaves the module
     tags: frozenset[str] = field(default_factory=frozenset)
 
-    def make(self) -> nn.Module:
-        """A fresh instance in eval mode; the same weights every time."""
+    def make(self) -> Any:
+        """A fresh nn.Module in eval mode, the same weights every time; Any, as each class has its own attributes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1234)
             module = self.build()

@@ -39,6 +39,24 @@ for size, arguments in SIZES.items():
         build = partial(STYLES[style], **arguments)  # type: ignore[arg-type]
         add(f"{style}.{size}", f"{style} at sizes {arguments}", build, dim=arguments.get("dim", 16))
 
+TINY = {
+    "e1_k1": {"experts": 1, "top_k": 1},  # a dense FFN in an expert's clothes
+    "f1": {"hidden": 1},
+    "d1": {"dim": 1, "hidden": 6},
+    "k8_of_8": {"experts": 8, "top_k": 8},
+}
+for size, arguments in TINY.items():
+    for style in ("loop_list", "gathered", "sorted"):
+        build = partial(STYLES[style], **arguments)  # type: ignore[arg-type]
+        tiny = Case(
+            name=f"{style}.{size}",
+            why=f"{style} at the sizes {arguments}: an axis of one, or no choice",
+            build=build,
+            dim=arguments.get("dim", 16),
+            min_experts=min(2, arguments.get("experts", 8)),
+        )
+        CASES.add(tiny)
+
 
 def with_router(style: str, route: Callable[[Any, Tensor], tuple[Tensor, Tensor]], **buffers: float) -> nn.Module:
     """The style's block with another router; `buffers` are [E] corrections of that standard deviation."""

@@ -75,15 +75,15 @@ def print_passes(passes: Sequence[Pass]) -> str:
 def default_passes(options: PassOptions) -> tuple[Pass, ...]:
     """The passes moec.compile runs: the user's list or moec's own, and quantize-experts where int8 is asked for."""
     known = known_passes()
+    quantize = ["quantize-experts"] if options.quantize == "int8" else []
     if options.passes is not None:
         passes = parse_passes(options.passes)
-    else:
-        # Merging gate and up makes a copy of both, and a second copy of weights is the user's choice.
-        merge = ["merge-gate-up"] if options.pack or options.quantize else []
-        passes = tuple(known[name]() for name in ["canonicalize", *merge, "fuse-experts"])
-    if options.quantize == "int8" and all(one.name != "quantize-experts" for one in passes):
-        passes = (*passes, known["quantize-experts"]())
-    return passes
+        asked = {one.name for one in passes}
+        return (*passes, *(known[name]() for name in quantize if name not in asked))
+    # Merging copies both weights. A second copy of the model's own is the user's choice; int8 weights are a copy
+    # anyway, and made before merging they are the only one.
+    merge = ["merge-gate-up"] if options.pack or quantize else []
+    return tuple(known[name]() for name in ["canonicalize", *quantize, *merge, "fuse-experts"])
 
 
 def run(region: Region, passes: PassesGiven) -> tuple[Region, tuple[PassLog, ...]]:

@@ -14,7 +14,7 @@ from moec.passes.plan_capacity import PlanCapacity
 from moec.passes.quantize_experts import QuantizeExperts
 
 # In the order in which they run best; `moec passes` lists them so.
-PASSES: tuple[type[Any], ...] = (Canonicalize, PlanCapacity, PlaceExperts, MergeGateUp, FuseExperts, QuantizeExperts)
+PASSES: tuple[type[Any], ...] = (Canonicalize, PlanCapacity, PlaceExperts, QuantizeExperts, MergeGateUp, FuseExperts)
 
 __all__ = [
     "PASSES",

@@ -61,6 +61,7 @@ class _Walk:
             self.renamed[node.results[0]] = same
             self.log.did(f"{node.results[0]}: {op.name} changes nothing; {same} is used instead")
             return
+        op = self._ordered(node, op)
         # The repr names every field, so that two constants 0.0 and -0.0, which are equal, stay two.
         key = repr(op)
         if op.pure and key in self.seen:
@@ -78,10 +79,14 @@ class _Walk:
         plain = simpler(op)
         if plain != op:
             self.log.did(f"{node.results[0]}: {op.name} without attributes that change nothing")
-        if isinstance(plain, Add | Mul) and self.rank[plain.b] < self.rank[plain.a]:
-            plain = replace(plain, a=plain.b, b=plain.a)
-            self.log.did(f"{node.results[0]}: the operands of {op.name} in their usual order")
         return plain
+
+    def _ordered(self, node: Node, op: Op) -> Op:
+        """a + b and b + a are the same numbers, bit by bit."""
+        if not isinstance(op, Add | Mul) or self.rank[op.a] <= self.rank[op.b]:
+            return op
+        self.log.did(f"{node.results[0]}: the operands of {op.name} in their usual order")
+        return replace(op, a=op.b, b=op.a)
 
 
 def _without_dead(nodes: list[Node], outputs: tuple[Value, ...], log: PassLog) -> tuple[Node, ...]:

@@ -36,7 +36,7 @@ def same_value(op: Op, producers: Producers) -> Value | None:
 
 
 def simpler(op: Op) -> Op:
-    """The op with attributes that say nothing left out and the operands of sums and products in one order."""
+    """The op without attributes that say nothing."""
     if isinstance(op, Linear | GroupedLinear):
         return _without_dtype(op)
     return _without_capacity(op) if isinstance(op, Group) else op

@@ -7,15 +7,21 @@ from typing import Any
 
 from moec.ir import (
     Act,
+    Add,
     Builder,
     Combine,
+    ConcatWeights,
+    Constant,
     Gather,
     Glu,
     Group,
     GroupedLinear,
     Linear,
+    Mul,
     Region,
+    Route,
     ScaleRows,
+    SelectExperts,
     Tensor,
     Value,
     Weight,
@@ -105,3 +111,46 @@ class Ffn:
 
     def down(self, a: Value, d: int, result: str) -> Value:
         return self.product(a, "down", d, result)
+
+
+def shared_expert_layer() -> Region:
+    """A router in the IR, four routed experts, and a shared expert behind a gate of its own."""
+    b = Builder("moe")
+    x = b.input("x", Tensor.of("f32", "T", 8))
+    logits = b.add(Linear(x, weight(b, "router", "f32", 4, 8)), "logits")
+    weights, experts = b.add_many(Route(logits, k=2, normalize="sum"), ("weights", "experts"))
+    order, offsets = b.add_many(Group(experts, experts=4), ("order", "offsets"))
+    rows = b.add(Gather(x, order, k=2), "rows")
+    routed = Ffn(b, offsets=offsets, experts=4)
+    out = routed.down(routed.hidden(rows, 16, "concat"), 8, "out")
+    y = b.add(Combine(out, order, weights), "y")
+    shared = Ffn(b, prefix="shared_")
+    s = shared.down(shared.hidden(x, 32, "concat"), 8, "s")
+    logit = b.add(Linear(x, weight(b, "shared_gate", "f32", 1, 8)), "logit")
+    gate = b.add(Act(logit, fn="sigmoid"), "gate")
+    return b.build(b.add(Add(y, b.add(Mul(s, gate), "gated")), "sum"))
+
+
+def untidy_layer() -> Region:
+    """A layer with everything that canonicalize takes away."""
+    b = Builder("untidy")
+    unused = weight(b, "unused", "f32", 3)
+    x, experts, weights = moe_inputs(b, d=8, k=2)
+    down = weight(b, "down", "f32", 4, 8, 16)
+    order, offsets = b.add_many(Group(experts, experts=4), ("order", "offsets"))
+    rows = b.add(Gather(x, order, k=2), "rows")
+    ones = b.add(Constant(value=1.0, type=weights.type), "ones")
+    scaled = b.add(ScaleRows(rows, order, ones), "scaled")
+    again, offsets_again = b.add_many(Group(experts, experts=4), ("order_again", "offsets_again"))
+    gate_up = weight(b, "gate_up", "f32", 4, 32, 8)
+    alone = b.add(ConcatWeights((gate_up,), axis=1), "alone")
+    same = b.add(SelectExperts(alone, experts=(0, 1, 2, 3)), "same")
+    h = b.add(GroupedLinear(scaled, offsets_again, same, dtype="f32"), "h")
+    h = b.add(Act(h, fn="identity"), "h_same")
+    a = b.add(Glu(h, fn="silu", layout="concat"), "a")
+    a = b.add(Mul(b.add(Constant(value=1.0, type=Tensor.of("f32", 1)), "one"), a), "a_same")
+    b.add(Add(unused, unused), "dead")
+    out = b.add(GroupedLinear(a, offsets, down), "out")
+    y = b.add(Combine(out, again, weights), "y")
+    zero = b.add(Constant(value=0.0, type=Tensor.of("f32", 8)), "zero")
+    return b.build(b.add(Add(b.add(Add(y, zero), "y_same"), x), "residual"))

@@ -30,12 +30,11 @@ class Bank:
 
 def unify(log: Log, module: torch.nn.Module, prefix: str, instances: Sequence[Instance], params: dict[str, torch.Tensor]) -> list[Bank]:
     """One bank per role over all experts; raises NotLifted where experts differ."""
-    # Rows that repeat elsewhere as sizes would be read as "rows": instances with a different count settle it.
-    by_signature = {signature(log, instance): instance for instance in instances}
-    if len(by_signature) > 1:
-        views = [roles(i) for i in by_signature.values()]
-        names = [v["w_up0"].param for v in views]
-        raise NotLifted(f"experts differ: {names[0]!r} and {names[1]!r} are not used by the same operations")
+    signatures = [signature(log, instance) for instance in instances]
+    odd = next((i for i, s in enumerate(signatures) if not s.same(signatures[0])), None)
+    if odd is not None:
+        first, other = (roles(instances[i])["w_up0"] for i in (0, odd))
+        raise NotLifted(f"experts differ: {_place(first)} and {_place(other)} go through different operations")
     found = [roles(i) for i in instances]
     banks = [Bank(role, complete([f[role] for f in found], module, prefix, params)) for role in found[0]]
     counts = {len(bank.views) for bank in banks}
@@ -46,6 +45,10 @@ def unify(log: Log, module: torch.nn.Module, prefix: str, instances: Sequence[In
         if len({index[role].get(view) for role, view in f.items()}) != 1:
             raise NotLifted("an expert takes its weights from several places of the stacks")
     return banks
+
+
+def _place(view: View) -> str:
+    return f"{view.param!r} from element {view.offset}"
 
 
 def complete(views: Sequence[View], module: torch.nn.Module, prefix: str, params: dict[str, torch.Tensor]) -> tuple[View, ...]:

@@ -138,7 +138,7 @@ def _slice(driver: Driver, body: Body, params: Mapping[str, torch.Tensor], candi
         if len(match) != 1:
             raise NotLifted("the FFN is not found once at every shape")
         matched.append(match[0])
-        seen.append(Observed(log, tuple(sorted(match[0].entries)), frozenset()))
+        seen.append(Observed(log, tuple(sorted(match[0].entries)), match[0].out))
     reasons = []
     for site in sites_of(seen[0])[:3]:
         try:

@@ -7,6 +7,7 @@ under strict. Gradients in eval mode are the original's: the backward pass runs 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,11 @@ class CompiledMethod:
     def original(self) -> Callable[..., Any]:
         """The method as its class defines it."""
         return getattr(type(self.module), self.method).__get__(self.module)  # type: ignore[no-any-return]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # User code may inspect the signature of a method it is about to call.
+        return inspect.signature(self.original)
 
     def ready(self) -> Executable:
         """The executable, built on first use after a copy."""

@@ -92,25 +92,47 @@ def check_instance(log: Log, instance: Instance) -> None:
                 raise NotLifted(f"hidden values are mixed with {what} by {log.entries[index].name}")
 
 
-def signature(log: Log, instance: Instance) -> tuple[Any, ...]:
-    """What the instance computes, apart from its rows' number and the weights it reads."""
+@dataclass(frozen=True)
+class Signature:
+    """What an instance computes, apart from the weights it reads. An argument equal to its number of rows may stand for that."""
+
+    rows: int
+    leaves: tuple[Any, ...]
+
+    def same(self, other: Signature) -> bool:
+        """Equal, where both being the number of rows is equal too."""
+        if len(self.leaves) != len(other.leaves):
+            return False
+        return all(
+            a == b or (type(a) is int and type(b) is int and (a, b) == (self.rows, other.rows)) for a, b in zip(self.leaves, other.leaves, strict=True)
+        )
+
+
+def signature(log: Log, instance: Instance) -> Signature:
+    """The instance's operations, their arguments and the shapes of its weights, flattened."""
     rows = log.tensors[instance.rows]
-    count = rows.numel() // rows.shape[-1] if rows.dim() else 1
     local: dict[int, int] = {up.out: i for i, up in enumerate(instance.ups)}
+    leaves: list[Any] = []
 
-    def leaf(value: Any) -> Any:
+    def add(value: Any) -> None:
         if isinstance(value, Ref):
-            return ("slot", local.setdefault(value.slot, len(local)))
-        if isinstance(value, (list, tuple)):
-            return tuple(leaf(v) for v in value)
-        return ("rows",) if type(value) is int and value == count else (type(value).__name__, str(value))
+            leaves.append(f"slot {local.setdefault(value.slot, len(local))}")
+        elif isinstance(value, (list, tuple)):
+            leaves.append(f"{len(value)} of")
+            for item in value:
+                add(item)
+        else:
+            leaves.append(value if type(value) is int else repr(value))
 
-    steps = []
     for index in instance.middle:
         entry = log.entries[index]
-        steps.append((entry.name, leaf(entry.args), tuple((k, leaf(v)) for k, v in sorted(entry.kwargs.items())), leaf(entry.outs)))
-    shapes = tuple((linear.weight.shape, linear.bias is not None) for linear in (*instance.ups, *([instance.down] if instance.down else [])))
-    return (tuple(steps), shapes)
+        leaves.append(entry.name)
+        add(entry.args)
+        add(sorted(entry.kwargs.items()))
+        add(entry.outs)
+    for linear in (*instance.ups, *([instance.down] if instance.down is not None else [])):
+        leaves += [str(linear.weight.shape), linear.bias is not None]
+    return Signature(rows.numel() // rows.shape[-1] if rows.dim() and rows.shape[-1] else 1, tuple(leaves))
 
 
 def roles(instance: Instance) -> dict[str, View]:

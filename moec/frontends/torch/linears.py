@@ -29,7 +29,7 @@ class Linear:
 def view_of(log: Log, slot: int, layouts: dict[str, torch.Tensor]) -> View | None:
     """The parameter view a slot is, None if its memory is not a parameter's."""
     name = log.param_of(slot)
-    if name is None:
+    if name is None or name not in layouts:
         return None
     tensor = log.tensors[slot]
     offset = tensor.storage_offset() - layouts[name].storage_offset()
@@ -67,6 +67,10 @@ class LinearFinder:
         found = view_of(self.log, slot, self.params)
         return found if found is not None and self.is_weight(found.param) else None
 
+    def vector(self, slot: int, size: int) -> View | None:
+        """A bias of `size` outputs: any parameter serves, whatever its name."""
+        return _vector(view_of(self.log, slot, self.params), size)
+
     def find(self, start: int, end: int) -> list[Linear]:
         found = [linear for e in self.log.entries[start:end] if (linear := self._linear(e)) is not None]
         return [self._with_bias(linear, end) for linear in found]
@@ -83,13 +87,13 @@ class LinearFinder:
                 return self._product(entry, slots[1], slots[2], slots[0], out)
             case "linear", (2 | 3):
                 weight = self.view(slots[1])
-                bias = _vector(self.view(slots[2]), weight.shape[0]) if weight and len(slots) == 3 else None
+                bias = self.vector(slots[2], weight.shape[0]) if weight and len(slots) == 3 else None
                 if weight is None or len(weight.shape) != 2 or (len(slots) == 3 and bias is None):
                     return None
                 return Linear(entry.index, slots[0], weight, bias, out, entry.index)
             case ("mv" | "addmv"), (2 | 3):
                 weight = self.view(slots[-2])
-                bias = _vector(self.view(slots[0]), weight.shape[0]) if weight and len(slots) == 3 else None
+                bias = self.vector(slots[0], weight.shape[0]) if weight and len(slots) == 3 else None
                 if weight is None or (len(slots) == 3 and bias is None):
                     return None
                 return Linear(entry.index, slots[-1], weight, bias, out, entry.index)
@@ -99,7 +103,7 @@ class LinearFinder:
         weight = _matrix(self.view(operand))
         if weight is None:
             return None
-        bias = _vector(self.view(bias_slot), weight.shape[0]) if bias_slot is not None else None
+        bias = self.vector(bias_slot, weight.shape[0]) if bias_slot is not None else None
         if bias_slot is not None and bias is None:
             return None
         return Linear(entry.index, source, weight, bias, out, entry.index)
@@ -130,4 +134,4 @@ class LinearFinder:
         if len(slots) != 2 or slot not in slots or len(entry.results) != 1:
             return None
         other = slots[1] if slots[0] == slot else slots[0]
-        return _vector(self.view(other), size)
+        return self.vector(other, size)

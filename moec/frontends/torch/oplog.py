@@ -230,6 +230,8 @@ class _Recorder:
 
     def __init__(self, state: _Recording, path: str, name: str, module: torch.nn.Module, call: Callable[..., Any]) -> None:
         self.state, self.path, self.name, self.module, self.call = state, path, name, module, call
+        # User code may inspect the signature of a method it is about to call.
+        functools.update_wrapper(self, call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         log = self.state.log

@@ -72,7 +72,7 @@ def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Obser
             raise NotLifted("the experts compute different things for different inputs")
         reached |= reading.reached
         if i < len(SHAPES):
-            seen.append(Observed(log, reading.entries, reading.reached))
+            seen.append(Observed(log, reading.entries))
         elif len(reached) >= body.experts:
             break
         if i >= len(SHAPES) - 1 and len(reached) >= body.experts:

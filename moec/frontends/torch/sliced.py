@@ -39,8 +39,8 @@ class Slice:
         return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
 
 
-def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor]) -> Slice:
-    """The slice that holds for all the logs in `parts` (the solution is for the first). Raises NotLifted with the reason."""
+def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor], outs: Sequence[int | None]) -> Slice:
+    """The slice that holds for all the logs in `parts` (the solution is for the first; `outs` are the tensors the experts end in). Raises NotLifted with the reason."""
     main = parts[0]
     log, site = main.log, main.site
     name, dims = _single_input(parts)
@@ -60,7 +60,7 @@ def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, t
     aligned.tie([(p.site.args, p.site.kwargs) for p in parts])
     first = tuple(aligned.step(_counterparts(parts, item)) for item in before)
     x, selector, weights = (None if s is None else aligned.tree([Ref(t) for t in _matching(aligned, s)], "experts") for s in (found.x, found.selector, found.weights))
-    y_slots = _y_slots(parts, aligned, found)
+    y_slots = _y_slots(parts, aligned, found, outs)
     shapes = [tuple(p.log.tensors[s].shape) for p, s in zip(parts, y_slots, strict=True)]
     aligned.match[found.y] = tuple(y_slots)
     second = tuple(aligned.step(_counterparts(parts, item)) for item in after)
@@ -129,8 +129,10 @@ def _counterparts(parts: Sequence[Blocks], item: Item) -> list[Item]:
     return same
 
 
-def _y_slots(parts: Sequence[Blocks], aligned: Aligned, found: Solution) -> list[int]:
+def _y_slots(parts: Sequence[Blocks], aligned: Aligned, found: Solution, outs: Sequence[int | None]) -> list[int]:
     """The slot of y in each log."""
+    if found.y == outs[0]:
+        return [out for out in outs if out is not None]
     if found.y in aligned.match:
         return list(aligned.match[found.y])
     main = parts[0]

@@ -31,11 +31,11 @@ SHAPES = ((2, 20), (3, 7), (5, 4), (1, 11))
 
 @dataclass(frozen=True)
 class Observed:
-    """One run of the driver: its log, the entries of the experts, and which of them ran."""
+    """One run of the driver: its log, the entries of the experts, and the tensor they end in where there is one."""
 
     log: Log
     entries: tuple[int, ...]
-    reached: frozenset[object]
+    out: int | None = None
 
 
 def observe_shapes(driver: Driver) -> Iterator[tuple[Log, list[str]]]:
@@ -72,7 +72,7 @@ def slice_at(
     """The lifted layer that slices `site`; the solution is for the first log."""
     parts = [split(o.log, same_site(site, o.log), [i for i in o.entries]) for o in seen]
     _enclosed(parts)
-    sliced = slice_block(parts, solution, params)
+    sliced = slice_block(parts, solution, params, [o.out for o in seen])
     log = seen[0].log
     x_value, given = log.tensors[solution.x], log.tensors[sliced.input_slot]
     dtype = x_value.dtype

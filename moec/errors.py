@@ -96,6 +96,11 @@ def _rebuild(code: str, message: str, where: str | None, hint: str | None) -> Mo
     return MoecError(code, message, where=where, hint=hint)
 
 
+def count(number: int, word: str) -> str:
+    """`1 value`, `2 values`: for messages."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint that names the closest of `known`, or None when nothing is close."""
     close = get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moec.errors import MoecError
+from moec.errors import MoecError, count
 from moec.ir.core import Node, Op, Region, Value
 from moec.ir.printer import print_op
 from moec.ir.types import Tensor
@@ -65,7 +65,9 @@ class Builder:
         except MoecError as error:
             raise error.located(f"line {len(self.nodes) + 2}: {print_op(op)}") from None
         if len(names) != len(types):
-            raise MoecError("MOEC113", f"{op.name}: defines {len(types)} values, found {len(names)} names")
+            raise MoecError(
+                "MOEC113", f"{op.name}: defines {count(len(types), 'value')}, found {count(len(names), 'name')}"
+            )
         values = tuple(Value(self.names.fresh(name), type) for name, type in zip(names, types, strict=True))
         self.nodes.append(Node(values, op))
         return values

@@ -12,12 +12,14 @@ def floordiv(a: Number | Dim, b: Number | Dim) -> Dim:
     num, den = as_dim(a), as_dim(b)
     _check_divisor(den)
     num, den = _scaled_whole(num, den)
+    if (merged := _merged(num, den)) is not None:
+        return merged
     quotient, num = _divide(num, den)
     num, den = _reduced(num, den)
     if not any(monomial for monomial, _ in num.terms) and den.constant is not None:
         return quotient + math.floor(Fraction(num.constant or 0) / den.constant)
-    if (inner := _nested_floor(num, den)) is not None:
-        return quotient + inner
+    if (merged := _merged(num, den)) is not None:
+        return quotient + merged
     # floor(x/d) = -floor((-x + d - 1)/d): of the two ways to write it keep the smaller, so that both compare equal.
     flip_quotient, flipped = _divide(-num + den - 1, den)
     if _preference(flipped) < _preference(num):
@@ -80,7 +82,7 @@ def _reduced(num: Dim, den: Dim) -> tuple[Dim, Dim]:
     return size * (1 / scale) + math.floor(rest / scale), den * (1 / scale)
 
 
-def _nested_floor(num: Dim, den: Dim) -> Dim | None:
+def _merged(num: Dim, den: Dim) -> Dim | None:
     """floor((floor(x/a) + y) / b) = floor((x + a*y) / (a*b)) for constants a and b and any y, or None."""
     if den.constant is None:
         return None
@@ -91,6 +93,8 @@ def _nested_floor(num: Dim, den: Dim) -> Dim | None:
         rest, a = num - from_terms({monomial: coefficient}), atom.den
         if coefficient == 1:
             return floordiv(atom.num + a * rest, a * den)
-        if coefficient == den.constant - 1:  # -floor(x/a) = floor((-x + a - 1)/a), after one whole floor(x/a)
+        if coefficient == -1:  # -floor(x/a) = floor((-x + a - 1)/a)
+            return floordiv(a - 1 - atom.num + a * rest, a * den)
+        if coefficient == den.constant - 1:  # the same after taking out one whole floor(x/a)
             return of_atom(atom) + floordiv(a - 1 - atom.num + a * rest, a * den)
     return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moec.errors import MoecError
+from moec.errors import MoecError, count
 from moec.ir.core import OPS, Op, OpField, Value
 from moec.ir.lexer import Cursor, Token
 from moec.ir.parse_attribute import read_attribute, read_type
@@ -77,10 +77,10 @@ def _read_operands(cursor: Cursor, cls: type[Op], values: Mapping[str, Value]) -
 def _fail_too_many(cursor: Cursor, cls: type[Op], token: Token, named: dict[str, OpField]) -> None:
     takes = [item.name for item in named.values() if not item.keyword]
     keyword = [f"{item.name}={token.text}" for item in named.values() if item.keyword]
-    count = f"{len(takes)} operand{'s' if len(takes) != 1 else ''}" if takes else "no operands"
+    number = count(len(takes), "operand") if takes else "no operands"
     listed = f" ({', '.join(takes)})" if takes else ""
     hint = f"other operands are written {' or '.join(keyword)}" if keyword else None
-    message = f"{cls.name} takes {count}{listed}, found one more: {token.text}"
+    message = f"{cls.name} takes {number}{listed}, found one more: {token.text}"
     raise MoecError("MOEC122", message, where=cursor.where(token), hint=hint)
 
 

@@ -2,24 +2,20 @@
 
 from collections.abc import Sequence
 
-from moec.errors import did_you_mean
+from moec.errors import count, did_you_mean
 from moec.ir.core import Value, require
 from moec.ir.types import FLOATS, INDICES, Dim
 
 
 def require_rank(name: str, value: Value, rank: int) -> None:
     """MOEC103 unless the value has this many sizes."""
-    require(value.type.rank == rank, "MOEC103", f"{name} must have {rank} {_sizes(rank)}, found {value.type}")
+    require(value.type.rank == rank, "MOEC103", f"{name} must have {count(rank, 'size')}, found {value.type}")
 
 
 def require_min_rank(name: str, value: Value, rank: int) -> None:
     """MOEC103 unless the value has at least this many sizes."""
-    message = f"{name} must have at least {rank} {_sizes(rank)}, found {value.type}"
+    message = f"{name} must have at least {count(rank, 'size')}, found {value.type}"
     require(value.type.rank >= rank, "MOEC103", message)
-
-
-def _sizes(count: int) -> str:
-    return "size" if count == 1 else "sizes"
 
 
 def require_dtype(name: str, value: Value, *allowed: str) -> None:

@@ -29,10 +29,17 @@ def bind_sizes(values: Sequence[Value], shapes: Sequence[Sequence[int]]) -> dict
         if missing:
             raise MoecError("MOEC109", f"{value}: the size of {missing[0]} does not follow from {size} = {found}")
         if size.evaluate(sizes) != found:
-            at = ", ".join(f"{letter}={sizes[letter]}" for letter in sorted(size.letters))
-            expected = f"{size} = {size.evaluate(sizes)} with {at}" if at else str(size)
-            raise MoecError("MOEC109", f"{value} is {value.type}: a size must be {expected}, found {found}")
+            raise MoecError("MOEC109", f"{value} is {value.type}: {_expected(size, sizes)}, found {found}")
     return sizes
+
+
+def _expected(size: Dim, sizes: dict[str, int]) -> str:
+    if size.constant is not None:
+        return f"expected {size}"
+    if str(size) in sizes:
+        return f"{size} is {sizes[str(size)]}"
+    at = ", ".join(f"{letter}={sizes[letter]}" for letter in sorted(size.letters))
+    return f"{size} is {size.evaluate(sizes)} with {at}"
 
 
 def _solve(value: Value, size: Dim, found: int, sizes: dict[str, int]) -> dict[str, int] | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moec.errors import MoecError
+from moec.errors import MoecError, count
 from moec.ir.core import Node, Region, Value
 from moec.ir.lexer import Cursor, Token
 from moec.ir.parse_attribute import read_string, read_type
@@ -119,8 +119,8 @@ def _read_node(cursor: Cursor, scope: _Scope) -> Node:
         inferred = op.result_types()
         stated = types or inferred
         if not len(names) == len(stated) == len(inferred):
-            found = f"{len(names)} names and {len(stated)} types" if types else f"{len(names)} names"
-            raise MoecError("MOEC113", f"{op.name}: defines {len(inferred)} values, found {found}")
+            found = count(len(names), "name") + (f" and {count(len(types), 'type')}" if types else "")
+            raise MoecError("MOEC113", f"{op.name}: defines {count(len(inferred), 'value')}, found {found}")
         node = Node(tuple(Value(token.text[1:], type) for token, type in zip(names, stated, strict=True)), op)
         scope.letters |= bound_letters(op)
         check_node(node, scope.values, scope.letters)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from moec.errors import MoecError, did_you_mean
+from moec.errors import MoecError, count, did_you_mean
 from moec.ir.core import VALUE_NAME, Node, Op, Region, Value
 from moec.ir.ops_opaque import Opaque
 from moec.ir.ops_weights import Weight
@@ -65,7 +65,8 @@ def check_node(node: Node, defined: dict[str, Value], letters: frozenset[str]) -
             hint = did_you_mean(letter, letters) or "a letter must occur in the type of an input or a weight"
             raise MoecError("MOEC114", f"{node.op.name}: no input binds the letter {letter} of size {size}", hint=hint)
     if len(node.results) != len(inferred):
-        message = f"{node.op.name}: defines {len(inferred)} values, found {len(node.results)} names"
+        found = count(len(node.results), "name")
+        message = f"{node.op.name}: defines {count(len(inferred), 'value')}, found {found}"
         raise MoecError("MOEC113", message)
     for value, type in zip(node.results, inferred, strict=True):
         if value.type != type:

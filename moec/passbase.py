@@ -129,7 +129,7 @@ def type_text(kind: Any) -> str:
         return f"tuple of {type_text(typing.get_args(kind)[0])}"
     if kind in (None, type(None)):
         return "none"
-    return getattr(kind, "__name__", str(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 def before_of(given: Pass | type[Any]) -> tuple[str, ...]:

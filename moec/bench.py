@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.benchinputs import tensor_inputs
 from moec.benchresult import BenchResult, Row, Timing
 from moec.environment import machine, versions
 from moec.errors import MoecError
+from moec.loading import Inputs, token_inputs
 from moec.progress import Progress, Silent
 from moec.report import LayerReport, Report
-
-Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,18 @@ class Bench:
             "seconds_per_pair": self.effort.seconds,
             "warmup_runs": self.effort.warmup,
         }
+
+
+def measure_report(
+    before: nn.Module, after: nn.Module, report: Report, tokens: Sequence[int], example_inputs: Inputs | None = None
+) -> None:
+    """Time both models and fill in the report's latencies. Token ids are made where the model reads them; otherwise
+    example_inputs are used, and without any, tensors as wide as the layers."""
+    make_inputs = token_inputs(before)
+    if make_inputs is None and example_inputs is None:
+        make_inputs = tensor_inputs(before, report)
+    timer = Bench(before, after, report, make_inputs=make_inputs, example_inputs=example_inputs)
+    timer.run(tokens).fill(report)
 
 
 def like_layers(report: Report, *, every: bool = False) -> list[list[LayerReport]]:

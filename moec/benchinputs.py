@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from moec.bench import Bench, Inputs
 from moec.errors import MoecError
 from moec.ir import parse
-from moec.loading import MakeInputs, token_inputs
+from moec.loading import Inputs, MakeInputs, token_inputs
 from moec.report import Report
 
 
 def guess_inputs(model: nn.Module, report: Report) -> MakeInputs | None:
     """tokens -> inputs that the model takes; None if neither token ids nor a tensor as wide as a layer will do."""
-    return token_inputs(model) or _tensor_inputs(model, report)
+    return token_inputs(model) or tensor_inputs(model, report)
 
 
-def measurer(
-    before: nn.Module, after: nn.Module, report: Report, *, example_inputs: Inputs | None = None
-) -> Callable[[Sequence[int]], None]:
-    """What Report.measure calls: times both models and fills in the report's latencies."""
-
-    def measure(tokens: Sequence[int]) -> None:
-        make_inputs = token_inputs(before)
-        if make_inputs is None and example_inputs is None:
-            make_inputs = _tensor_inputs(before, report)
-        bench = Bench(before, after, report, make_inputs=make_inputs, example_inputs=example_inputs)
-        bench.run(tokens).fill(report)
-
-    return measure
-
-
-def _tensor_inputs(model: nn.Module, report: Report) -> MakeInputs | None:
+def tensor_inputs(model: nn.Module, report: Report) -> MakeInputs | None:
     """x[1, T, D], or x[T, D], of the first width among the layers' that the model runs with."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:

@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {
 
 DONE, USER_ERROR, WRONG_COMMAND_LINE, VERIFICATION_FAILED, NOTHING_MATCHED = range(5)
 INTERRUPTED = 130
-STATUS = {"MOEC606": NOTHING_MATCHED}
+STATUS = {"MOEC221": VERIFICATION_FAILED, "MOEC606": NOTHING_MATCHED}
 """Exit statuses of codes that are not plain user errors."""
 
 STATUSES = """exit status: 0 done, 1 user error, 2 wrong command line, 3 verification failed, 4 nothing matched;

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import dtype as Dtype
     from torch import nn
 
-Inputs = tuple[Any, ...] | dict[str, Any]
+Inputs = tuple[Any, ...] | Mapping[str, Any]
 MakeInputs = Callable[[int], Inputs]
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moec.bench import Bench, Call, Effort, capture, compare, like_layers, resize, timing
-from moec.benchinputs import guess_inputs, measurer
+from moec.bench import Bench, Call, Effort, capture, compare, like_layers, measure_report, resize, timing
+from moec.benchinputs import guess_inputs
 from moec.benchpage import page, plot, ticks
 from moec.benchresult import BenchResult, Row, Timing
 from moec.errors import MoecError
@@ -175,21 +175,17 @@ def test_inputs_are_guessed_from_the_widths_of_layers(
         assert (x.shape, x.dtype) == (shape, torch.float32)
 
 
-def test_measurer_fills_in_the_report() -> None:
+def test_measure_report_fills_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(layers=[compiled("layers.0")])
-    report.measurer = measurer(Model(0), Model(0), report, example_inputs=(torch.ones(1, 2, 4),))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Effort, "__init__", functools.partialmethod(Effort.__init__, seconds=0.0))
-        report.measure(tokens=[1, 4])
+    monkeypatch.setattr(Effort, "__init__", functools.partialmethod(Effort.__init__, seconds=0.0))
+    measure_report(Model(0), Model(0), report, [1, 4], (torch.ones(1, 2, 4),))
     assert [row["tokens"] for row in report.layers[0].latency] == [1, 4]
     assert [row["tokens"] for row in report.latency] == [2]
 
 
-def test_measurer_without_inputs_says_what_to_pass() -> None:
-    report = Report(layers=[compiled("layers.0")])
-    report.measurer = measurer(Model(0), Model(0), report)
+def test_measure_report_without_inputs_says_what_to_pass() -> None:
     with pytest.raises(MoecError, match="MOEC605"):
-        report.measure(tokens=[1])
+        measure_report(Model(0), Model(0), Report(layers=[compiled("layers.0")]), [1])
 
 
 def test_a_layer_that_is_the_model_has_no_second_row_for_the_model() -> None:

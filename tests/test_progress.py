@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 
-from moec.progress import Lines, Silent, progress
+from moec.progress import Lines, Silent, progress, show_progress
 from moec.table import milliseconds, number, size, table
 
 
@@ -87,3 +88,26 @@ def test_sizes(value: int | None, text: str) -> None:
 )
 def test_milliseconds(value: float | None, text: str) -> None:
     assert milliseconds(value) == text
+
+
+def test_a_library_call_shows_nothing_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress("compiling") as say:
+        say("layers.0")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_library_call_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with show_progress("compiling") as say, show_progress("inside") as other:
+        say("layers.0")
+        other("not lost in an error")
+        time.sleep(0.2)
+    assert "compiling" in terminal.getvalue()
+    for name in ("rich", "rich.console", "rich.errors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    terminal.truncate(0)
+    with show_progress("compiling") as say:
+        say("layers.0")
+    assert terminal.getvalue().strip("\0") == "compiling: layers.0\n"

@@ -95,17 +95,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _compile(loaded: Loaded, arguments: argparse.Namespace) -> Any:
     from moec import api
 
-    with progress("compile", 1) as shown:
-        shown.step(loaded.source)
-        return api.compile(
-            loaded.model,
-            example_inputs=loaded.make_inputs(16) if loaded.make_inputs else None,
-            backend=arguments.backend,
-            quantize=arguments.quantize,
-            passes=arguments.passes,
-            pack=arguments.pack,
-            strict=arguments.strict,
-        )
+    return api.compile(
+        loaded.model,
+        example_inputs=loaded.make_inputs(16) if loaded.make_inputs else None,
+        backend=arguments.backend,
+        quantize=arguments.quantize,
+        passes=arguments.passes,
+        pack=arguments.pack,
+        strict=arguments.strict,
+    )
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:

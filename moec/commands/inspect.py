@@ -6,7 +6,6 @@ import argparse
 
 from moec.commands.model import add_model_arguments, load, nothing_found
 from moec.errors import MoecError, did_you_mean
-from moec.progress import progress
 from moec.report import LayerReport, Report
 from moec.table import number
 
@@ -22,9 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load(arguments)
     from moec import api
 
-    with progress("inspect", 1) as shown:
-        shown.step(loaded.source)
-        report = api.explain(loaded.model, loaded.make_inputs(16) if loaded.make_inputs else None)
+    report = api.explain(loaded.model, loaded.make_inputs(16) if loaded.make_inputs else None)
     if not report.layers:
         raise nothing_found(loaded)
     layers = report.layers if arguments.why is None else [_layer(report, arguments.why)]

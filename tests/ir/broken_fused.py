@@ -162,4 +162,16 @@ BROKEN = [
         "MOEC103",
         "x must have at least 1 size, found f32[]",
     ),
+    (
+        'expert_ffn(%x, %experts, %weights, %w96, %down) {fn="silu", layout="paired"}',
+        OPERANDS,
+        "MOEC102",
+        'layout="paired" must be one of none, pair, concat, concat_up_first, interleaved, interleaved_up_first',
+    ),
+    (
+        'dense_ffn(%x, %d2, %d_down) {fn="silu", layout="paired"}',
+        OPERANDS,
+        "MOEC102",
+        'layout="paired" must be one of none, pair, concat, concat_up_first, interleaved, interleaved_up_first',
+    ),
 ]

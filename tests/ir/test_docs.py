@@ -63,7 +63,10 @@ def words() -> str:
         name = re.split(r"[ (]", line, maxsplit=1)[0]
         if match:
             found.setdefault((match[1], match[2]), []).append(name)
-    rows = [f"| {attribute} | {', '.join(dict.fromkeys(ops))} | {some} |" for (attribute, some), ops in found.items()]
+    for (attribute, _), ops in found.items():
+        if sum(name == attribute for name, _ in found) == 1:  # then it means the same wherever it occurs
+            ops += [cls.name for cls in OPS.values() if attribute in {field.name for field in cls.fields}]
+    rows = [f"| {attribute} | {', '.join(sorted(set(ops)))} | {some} |" for (attribute, some), ops in found.items()]
     return "\n".join(["| attribute | of | words |", "|---|---|---|", *sorted(rows)])
 
 

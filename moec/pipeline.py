@@ -80,9 +80,8 @@ def default_passes(options: PassOptions) -> tuple[Pass, ...]:
         passes = parse_passes(options.passes)
         asked = {one.name for one in passes}
         return (*passes, *(known[name]() for name in quantize if name not in asked))
-    # Merging copies both weights. A second copy of the model's own is the user's choice; int8 weights are a copy
-    # anyway, and made before merging they are the only one.
-    merge = ["merge-gate-up"] if options.pack or quantize else []
+    # Merging copies both weights, and a second copy of weights is the user's choice.
+    merge = ["merge-gate-up"] if options.pack else []
     return tuple(known[name]() for name in ["canonicalize", *quantize, *merge, "fuse-experts"])
 
 

@@ -177,7 +177,8 @@ def test_what_is_no_pass_is_refused(item: object, shown: str) -> None:
     [
         ({}, "canonicalize,fuse-experts"),
         ({"pack": True}, "canonicalize,merge-gate-up,fuse-experts"),
-        ({"quantize": "int8"}, "canonicalize,quantize-experts,merge-gate-up,fuse-experts"),
+        ({"quantize": "int8"}, "canonicalize,quantize-experts,fuse-experts"),
+        ({"quantize": "int8", "pack": True}, "canonicalize,quantize-experts,merge-gate-up,fuse-experts"),
         ({"passes": ""}, ""),
         ({"passes": "fuse-experts{partial=false}"}, "fuse-experts{partial=false}"),
         (

@@ -45,6 +45,17 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC308": "passes in the wrong order",
         "MOEC309": "something that is not a pass",
         "MOEC310": "option of a pass that does not fit the region",
+        # 2xx: the PyTorch front end and installed layers
+        "MOEC209": "something that is no module",
+        "MOEC210": "module that cannot be copied",
+        "MOEC211": "model that does not run on its example inputs",
+        "MOEC212": "model that is not compiled",
+        "MOEC213": "example inputs of the wrong kind",
+        "MOEC220": "layer left alone under strict",
+        "MOEC221": "layer that failed verification under strict",
+        "MOEC230": "weights that are not where they were",
+        "MOEC231": "compiled layer that runs its original code",
+        "MOEC232": "compiled method without its module",
         # 5xx: the API and its options
         "MOEC501": "unknown option",
         "MOEC502": "option value that cannot be",

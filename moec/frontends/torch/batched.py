@@ -118,33 +118,27 @@ def _read_operand(
 
 def _with_bias(log: Log, product: Product, params: Mapping[str, torch.Tensor]) -> Product:
     """Take a per-expert bias that is added once the result was only moved."""
-    slot, last = product.linear.out, product.linear.last
-    for _ in range(6):
-        users = [e for e in log.consumers(slot) if e.index > last]
-        if len(users) != 1 and not (users and users[0].name == "add_"):
-            return product
-        user = users[0]
-        if user.name in MOVES and len(user.results) == 1:
-            slot, last = user.results[0], user.index
-            continue
-        if user.name not in ("add", "add_") or user.kwargs or len(user.args) != 2 or not all(isinstance(a, Ref) for a in user.args):
-            return product
-        other = next((a.slot for a in user.args if a.slot != slot), slot)
-        vectors = {n: p for n, p in params.items() if p.dim() in (1, 2, 3)}
-        moves = moved_from(log, other, user.index, vectors)
-        width = product.bank[0].shape[0]
-        if moves is None or log.tensors[user.results[0]].shape[-1] != width:
-            return product
-        numbers = number(log, other, moves, vectors)
-        stack, count = stack_of(numbers, vectors)
-        expert, element = stack.split(numbers)
-        spaced = line(expert, element, -1)
-        if count != len(product.bank) or spaced.length != width:
-            return product
-        bias = stack.views(count, spaced.base, (width,), (spaced.step,))
-        linear = replace(product.linear, bias=bias[0], out=user.results[0], last=user.index)
-        return replace(product, linear=linear, bias=bias, outputs=Line.even(0, 1, width), out_axis=-1)
-    return product
+    users = log.users_behind(product.linear.out, product.linear.last, MOVES)
+    if not users or (len(users) > 1 and users[0].name != "add_"):
+        return product
+    user, width = users[0], product.bank[0].shape[0]
+    if user.name not in ("add", "add_") or user.kwargs or len(user.args) != 2 or not all(isinstance(a, Ref) for a in user.args):
+        return product
+    vectors = {n: p for n, p in params.items() if p.dim() in (1, 2, 3)}
+    for argument in user.args:
+        moves = moved_from(log, argument.slot, user.index, vectors)
+        if moves is not None and log.tensors[user.results[0]].shape[-1] == width:
+            break
+    else:
+        return product
+    numbers = number(log, argument.slot, moves, vectors)
+    stack, count = stack_of(numbers, vectors)
+    spaced = line(*stack.split(numbers), -1)
+    if count != len(product.bank) or spaced.length != width:
+        return product
+    bias = stack.views(count, spaced.base, (width,), (spaced.step,))
+    linear = replace(product.linear, bias=bias[0], out=user.results[0], last=user.index)
+    return replace(product, linear=linear, bias=bias, outputs=Line.even(0, 1, width), out_axis=-1)
 
 
 def _ask(log: Log, instance: Instance, parts: list[Product], down: Product, hidden: list[torch.Tensor]) -> torch.Tensor:

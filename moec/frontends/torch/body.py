@@ -92,7 +92,8 @@ def view_tensor(params: Mapping[str, torch.Tensor], view: View) -> torch.Tensor:
 def build_body(log: Log, instances: Sequence[Instance], banks: Sequence[Bank]) -> Body:
     """Name the activation and put the body together; raises NotLifted when it has no name."""
     named = {bank.role: bank for bank in banks}
-    instance = instances[0]
+    # An expert may have run without rows; one that had many answers best.
+    instance = max(instances, key=lambda i: log.tensors[i.rows].numel())
     if instance.down is None:
         return Body(named, None)
     activation = name_activation(
@@ -121,6 +122,8 @@ def _ask(log: Log, instance: Instance, hidden: list[torch.Tensor]) -> torch.Tens
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise NotLifted(f"the operations between the experts' layers cannot be run again: {error}") from error
     rows = answer.reshape(-1, answer.shape[-1])
+    if not rows.shape[0]:
+        raise NotLifted("no expert had a row in the probe")
     # Vectorised and scalar code of one function may differ in the last bit.
     if not torch.allclose(rows, rows[:1].expand(rows.shape), rtol=1e-5, atol=1e-6, equal_nan=True):
         raise NotLifted("equal rows of an expert get different results")

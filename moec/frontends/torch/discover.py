@@ -80,7 +80,8 @@ def _equal_members(module: nn.Module) -> dict[str, nn.Module]:
     listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     groups: dict[str, dict[str, nn.Module]] = {}
     for key, child in module._modules.items():
-        numbered = _NUMBERED.match(key)
+        # w1, w2, w3 of one FFN are numbered too: a numbered expert is more than one matrix.
+        numbered = _NUMBERED.match(key) if child is not None and _matrices(child) > 1 else None
         if child is not None and (listed or numbered):
             groups.setdefault("" if listed else numbered.group(1), {})[key] = child  # type: ignore[union-attr]
     if isinstance(module, nn.Sequential) or not groups:
@@ -125,7 +126,8 @@ def _smallest(names: list[str]) -> list[str]:
 
 def _has_pair(matrices: Iterable[torch.Tensor]) -> bool:
     shapes = {tuple(p.shape) for p in matrices}
-    return any(a != b and (b, a) in shapes for a, b in shapes)
+    # Gate and up may be one matrix of twice the width.
+    return any(a != b and ((b, a) in shapes or (a % 2 == 0 and (b, a // 2) in shapes)) for a, b in shapes)
 
 
 def _all_square(matrices: Iterable[torch.Tensor]) -> bool:

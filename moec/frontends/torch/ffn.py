@@ -20,7 +20,7 @@ from moec.frontends.torch.items import split
 from moec.frontends.torch.lift import DTYPES, lift_dense, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import Linear, LinearFinder
-from moec.frontends.torch.observe import Driver, Drivers, raised
+from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import counts, inputs
@@ -37,8 +37,8 @@ def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
     for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
         try:
             log, _ = driver.observe()
-        except Exception as error:  # whatever the user's code raises on an input that is not for it
-            drivers.failures.append(f"{driver.path or 'the model'}: {raised(error, driver.module)}")
+        except ProbeFailed as failure:
+            drivers.failures.append(str(failure))
             continue
         pairs = find_pairs(log, params, candidate.weights)
         if not pairs:

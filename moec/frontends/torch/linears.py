@@ -14,6 +14,9 @@ from moec.frontends.torch.oplog import Entry, Log, Ref
 from moec.weights import View
 
 
+_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"})
+
+
 @dataclass(frozen=True)
 class Linear:
     """`out = source @ weight.T + bias`: source [R, C] (or [C]), weight a View [N, C], out [R, N]."""
@@ -112,26 +115,15 @@ class LinearFinder:
         """Take a bias that is added in an op of its own, when nothing else reads the sum without it."""
         if linear.bias is not None:
             return linear
-        slot, last = linear.out, linear.last
-        for _ in range(3):
-            users = [e for e in self.log.consumers(slot) if last < e.index < end]
-            if not users:
-                return linear
-            first = users[0]
-            if len(users) == 1 and first.name in ("view", "_unsafe_view", "reshape", "squeeze") and len(first.results) == 1:
-                slot, last = first.results[0], first.index
-                continue
-            bias = self._added(first, slot, linear.weight.shape[0])
-            if bias is None or (len(users) > 1 and first.name == "add"):
-                return linear
-            return replace(linear, bias=bias, out=first.results[0], last=first.index)
-        return linear
+        users = [e for e in self.log.users_behind(linear.out, linear.last, _VIEWS) if e.index < end]
+        if not users or (len(users) > 1 and users[0].name != "add_"):
+            return linear
+        bias = self._added(users[0], linear.weight.shape[0])
+        return linear if bias is None else replace(linear, bias=bias, out=users[0].results[0], last=users[0].index)
 
-    def _added(self, entry: Entry, slot: int, size: int) -> View | None:
-        if entry.name not in ("add", "add_") or entry.kwargs or len(entry.args) != 2:
-            return None
+    def _added(self, entry: Entry, size: int) -> View | None:
+        """The bias that an addition adds."""
         slots = [a.slot for a in entry.args if isinstance(a, Ref)]
-        if len(slots) != 2 or slot not in slots or len(entry.results) != 1:
+        if entry.name not in ("add", "add_") or entry.kwargs or len(slots) != 2 or len(entry.args) != 2:
             return None
-        other = slots[1] if slots[0] == slot else slots[0]
-        return self.vector(other, size)
+        return self.vector(slots[1], size) or (self.vector(slots[0], size) if entry.name == "add" else None)

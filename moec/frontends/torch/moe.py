@@ -22,7 +22,7 @@ from moec.frontends.torch.instances import NotLifted, find_instances
 from moec.frontends.torch.lift import DTYPES, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
-from moec.frontends.torch.observe import Driver, Drivers, raised
+from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site, record
 from moec.frontends.torch.probing import Maker, counts, inputs, routing, shape_for
@@ -35,25 +35,22 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
     """The lifted layer. Raises NotLifted with the first reason that stood in the way."""
     weights = [params[n] for n in sorted(candidate.weights)]
     widths = list(dict.fromkeys(n for p in weights for n in (p.shape[-1], p.shape[-2])))
-    reasons: list[str] = []
-    ran = 0
+    reasons: dict[str, list[NotLifted]] = {}
     for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
+        if len(reasons) >= 2 and driver.path not in reasons:
+            break
         try:
             log, _ = driver.observe()
-        except NotLifted:
-            raise
-        except Exception as error:  # whatever the user's code raises on an input that is not for it
-            drivers.failures.append(f"{driver.path or 'the model'}: {raised(error, driver.module)}")
+        except ProbeFailed as failure:
+            drivers.failures.append(str(failure))
             continue
         try:
             return _from_log(candidate, driver, log, params)
         except NotLifted as reason:
-            reasons.append(str(reason))
-            ran += 1
-            if ran >= 2:
-                break
+            reasons.setdefault(driver.path, []).append(reason)
     if reasons:
-        raise NotLifted(reasons[0])
+        every = [reason for found in reasons.values() for reason in found]
+        raise next((reason for reason in every if not isinstance(reason, ProbeFailed)), every[0])
     why = "; ".join(dict.fromkeys(drivers.failures[-3:])) or "no module above it could be called"
     raise NotLifted(f"could not be run ({why}); pass example_inputs")
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.oplog import Log, record
 
 SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)
@@ -29,6 +30,10 @@ def tokens(shape: Sequence[int], dtype: torch.dtype, seed: int, *, device: torch
         pick = torch.randint(len(SCALES), tuple(shape[:-1]), generator=generator)
         x = x * torch.tensor(SCALES)[pick].unsqueeze(-1)
     return x.to(device, dtype)
+
+
+class ProbeFailed(NotLifted):
+    """The user's code raised on a probe."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Driver:
         try:
             log = record(self.module, args, kwargs, path=self.path)
             return log, watch.changes()
+        except Exception as error:  # whatever the user's code raises on an input that is not for it
+            raise ProbeFailed(f"{self.path or 'the model'}: {raised(error, self.module)}") from error
         finally:
             watch.undo()
 

@@ -11,7 +11,7 @@ any moment of the run can be asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,8 @@ class Log:
         self._producer: dict[int, int] = {}
         self._writers: dict[int, list[int]] = {}
         self._history: dict[int, list[tuple[int, torch.Tensor | None]]] = {}
+        self._readers: dict[int, list[Entry]] = {}
+        self._indexed: list[Entry] = []
 
     # -- recording ----------------------------------------------------------------------------------------------------
     def slot(self, tensor: torch.Tensor) -> int:
@@ -175,7 +177,29 @@ class Log:
         return needed
 
     def consumers(self, slot: int) -> Iterator[Entry]:
-        return (entry for entry in self.entries if slot in entry.reads)
+        """Entries that read the tensor, in order."""
+        if len(self._indexed) != len(self.entries):
+            self._readers = {}
+            self._indexed = self.entries[:]
+            for entry in self.entries:
+                for read in dict.fromkeys(entry.reads):
+                    self._readers.setdefault(read, []).append(entry)
+        return iter(self._readers.get(slot, ()))
+
+    def users_behind(self, slot: int, after: int, moves: Collection[str]) -> list[Entry]:
+        """The entries after `after` that use the tensor, looking through ops in `moves`, which only rearrange it."""
+        known, todo, users = {slot}, [slot], {}
+        while todo:
+            current = todo.pop()
+            for entry in self.consumers(current):
+                if entry.index <= after:
+                    continue
+                if entry.name not in moves or len(entry.results) != 1 or current not in entry.reads[:1]:
+                    users[entry.index] = entry
+                elif entry.results[0] not in known:
+                    known.add(entry.results[0])
+                    todo.append(entry.results[0])
+        return [users[i] for i in sorted(users)]
 
 
 def _flat_copy(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -102,7 +102,7 @@ def _check_effects(log: Log, site: Site, kept: Sequence[Item], blocks: Blocks) -
 def _check_reads(blocks: Blocks, found: Solution) -> None:
     """A value read on the host steers Python code that the slice no longer runs; only the routing may do that."""
     log = blocks.log
-    steering = {log.storages[s] for s in (found.selector, found.weights) if s is not None}
+    steering = {log.storages[s] for s in found.routing}
     inside = {i for item in blocks.items if item.site is not None for i in range(item.start, item.end)}
     for entry in log.entries[blocks.site.start : blocks.site.end]:
         if entry.op != HOST_READ or entry.index in inside or not entry.reads:

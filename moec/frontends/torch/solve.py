@@ -21,7 +21,10 @@ _MOST_SLOTS = 64
 
 @dataclass(frozen=True)
 class Solution:
-    """Slots of x, selector, weights and y in the first log, and the entry after which y is complete."""
+    """Slots of x, selector, weights and y in the first log, and the entry after which y is complete.
+
+    `routing` are all tensors that hold the selector or the weights, in whatever shape.
+    """
 
     x: int
     selector: int | None
@@ -31,6 +34,7 @@ class Solution:
     y: int
     complete: int
     on_input: bool
+    routing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,19 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
                 for slot, index, value in fitting:
                     if near(mine, value, loose):
                         picked = (None if c is None else c.slot for c in (selector, weights))
-                        return Solution(x.slot, *picked, form, num_slots, slot, index, on_input)
+                        same = _same_values(blocks, [c.value for c in (selector, weights) if c is not None])
+                        return Solution(x.slot, *picked, form, num_slots, slot, index, on_input, same)
     return None
+
+
+def _same_values(blocks: Blocks, values: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Slots made before the experts that hold one of the values' elements in order."""
+    found = []
+    for slot in dict.fromkeys(slot for item in blocks.prefix for slot in item.results):
+        held = blocks.log.value(slot, blocks.first)
+        if held is not None and any(held.numel() == v.numel() and torch.equal(held.flatten().double(), v.flatten().double()) for v in values):
+            found.append(slot)
+    return tuple(found)
 
 
 def solve_dense(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor], source: int) -> Solution | None:

@@ -1,0 +1,263 @@
+"""compile, explain, restore, refresh: the story in a page."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.compiler import Compiled, choose_backend, compile_layer
+from moec.environment import machine, versions
+from moec.errors import MoecError
+from moec.frontends.torch.analyse import Analysis, analyse, candidates
+from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.install import CompiledMethod, install, installed, uninstall
+from moec.frontends.torch.twin import borrowed, closures_over, make_probe, make_twin
+from moec.options import Options
+from moec.progress import progress
+from moec.report import LayerReport, Report
+from moec.verify import compare_results
+
+Example = tuple[Any, ...] | Mapping[str, Any] | None
+
+
+class Handle:
+    """What a compiled model carries as `.moec`: its report, and the options it was compiled with."""
+
+    def __init__(self, report: Report, options: Options, example: Example) -> None:
+        self.report, self.options, self.example = report, options, example
+
+    def __repr__(self) -> str:
+        return f"<moec: {len(self.report.compiled)} of {len(self.report.layers)} layers compiled>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled model is the original again; what it was compiled into is said, not kept.
+        report = Report(
+            notes=["this model was pickled: its layers run their original code until moec.compile is called again"]
+        )
+        return Handle, (report, self.options, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        copied = Handle(self.report, self.options, self.example)
+        memo[id(self)] = copied
+        return copied
+
+
+def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:  # noqa: A001 - the name users know from torch
+    """Compile the MoE and FFN layers of `model` and return a twin of it that shares all its tensors.
+
+    `example_inputs` is a tuple of positional or a dict of keyword arguments of the model's forward; without it, probes are made from the
+    parameters' sizes. Options are the fields of moec.Options. The result has the class of the model, and `.moec.report`.
+
+    Raises MoecError: MOEC501-503 for options, MOEC209 for what is no module, MOEC210 for a module that cannot be copied (pass
+    inplace=True), MOEC211 when the model does not run on example_inputs, MOEC220/221 under strict.
+    """
+    chosen = Options.make(**options)
+    model = _module(model)
+    example = _example(example_inputs)
+    start = time.perf_counter()
+    target = model if chosen.inplace else make_twin(model)
+    older = installed(target)
+    try:
+        for method in older:
+            uninstall(method)
+        with _probe(target, chosen) as probe:
+            report, layers = _work(probe, example, chosen)
+        methods = [layer.method_for(target) for layer in layers if layer.layer.compiled]
+        for method in methods:
+            method.ready()
+    except BaseException:
+        for method in older:
+            install(method)
+        raise
+    report.seconds = time.perf_counter() - start
+    report.notes += _sharing_notes(model, target)
+    for method in methods:
+        install(method)
+    target.__dict__["moec"] = Handle(report, chosen, example_inputs)
+    report.measurer = _measurer(weakref.ref(target), example_inputs, report)
+    if chosen.measure:
+        report.measure()
+    return target
+
+
+def explain(model: Any, example_inputs: Example = None, **options: Any) -> Report:
+    """The report that compile would give, without changing anything."""
+    chosen = Options.make(**{**options, "inplace": False, "strict": False})
+    model, example = _module(model), _example(example_inputs)
+    start = time.perf_counter()
+    twin = make_twin(model)
+    for method in installed(twin):
+        uninstall(method)
+    with _probe(twin, chosen) as probe:
+        report, _ = _work(probe, example, chosen)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give every compiled layer of `model` its original forward back; returns the model."""
+    for method in installed(_module(model)):
+        uninstall(method)
+    model.__dict__.pop("moec", None)
+    return model
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Read weights again that were written behind our back; after a change of dtype, device or modules, compile again in place."""
+    handle = _module(model).__dict__.get("moec")
+    methods = installed(model)
+    if not isinstance(handle, Handle):
+        raise MoecError("MOEC212", "the model was not compiled by moec", hint="call moec.compile(model) first")
+    if all(_unchanged(method) for method in methods):
+        for method in methods:
+            method.ready().refresh()  # type: ignore[attr-defined]
+        return model
+    options = {**{k: getattr(handle.options, k) for k in Options.__dataclass_fields__}, "inplace": True}
+    compile(model, example_inputs=handle.example, **options)
+    return model
+
+
+def _unchanged(method: CompiledMethod) -> bool:
+    try:
+        dtypes = {p.dtype for p in method.module.parameters() if p.is_floating_point()}
+        method.build(method.module)
+    except MoecError:
+        return False
+    return dtypes == {method.call.dtype}
+
+
+def _module(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    what = f"a {type(model).__name__}" if not isinstance(model, type) else f"the class {model.__name__}"
+    hint = "pass an instance of torch.nn.Module"
+    if isinstance(model, str):
+        hint = "models in files cannot be compiled yet; load the model and pass the nn.Module"
+    raise MoecError("MOEC209", f"moec compiles an nn.Module, not {what}", hint=hint)
+
+
+def _example(given: Example) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, tuple):
+        return given, {}
+    raise MoecError(
+        "MOEC213",
+        f"example_inputs is a {type(given).__name__}",
+        hint="pass a tuple of positional or a dict of keyword arguments",
+    )
+
+
+@contextmanager
+def _probe(target: nn.Module, options: Options) -> Iterator[nn.Module]:
+    """A model to run probes on; its effects are undone, whatever happens."""
+    if options.inplace:
+        try:
+            probe = make_probe(target)
+        except Exception:  # a model that cannot be copied is its own probe
+            with borrowed(target) as itself:
+                watch = Watch(itself)
+                try:
+                    yield itself
+                finally:
+                    watch.undo()
+            return
+    else:
+        probe = make_probe(target)
+    watch = Watch(probe)
+    try:
+        yield probe
+    finally:
+        watch.undo()
+
+
+def _work(
+    probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, options: Options
+) -> tuple[Report, list[Compiled]]:
+    """Analyse and compile every layer of the probe."""
+    backend, why = choose_backend(options)
+    report = Report(versions=versions(), machine=machine(), notes=[why] if why else [])
+    # A library call says nothing to a log file; on a terminal the wait is shown.
+    with progress("compiling", 2 * len(candidates(probe)), quiet=not sys.stderr.isatty()) as bar:
+        found = analyse(probe, example, bar.step)
+        layers = []
+        for lifted in found.lifted:
+            bar.step(lifted.name)
+            layers.append(compile_layer(lifted, options, backend))
+    report.notes += found.notes
+    report.layers = _ordered(probe, [c.layer for c in layers], found)
+    if options.strict:
+        _check_strict(report)
+    if example is not None and options.verify:
+        report.whole_model_error = _whole_model_error(probe, example, found, layers)
+    return report, layers
+
+
+def _ordered(model: nn.Module, layers: Sequence[LayerReport], found: Analysis) -> list[LayerReport]:
+    """All layers in the order of the model's modules."""
+    every = [
+        *layers,
+        *(LayerReport(name=r.name, kind=r.kind, status="left alone", reason=r.reason) for r in found.refused),
+    ]
+    position = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(every, key=lambda layer: position.get(layer.name, len(position)))
+
+
+def _check_strict(report: Report) -> None:
+    for layer in report.layers:
+        if not layer.compiled:
+            failed = layer.failing_probe is not None
+            raise MoecError(
+                "MOEC221" if failed else "MOEC220",
+                f"{layer.name or 'the model'} was left alone: {layer.reason}",
+                hint="without strict=True the other layers are compiled",
+            )
+
+
+def _whole_model_error(
+    probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], found: Analysis, layers: Sequence[Compiled]
+) -> float:
+    """Relative L2 of the compiled model's result against the original's on example_inputs."""
+    methods = [layer.method_for(probe) for layer in layers if layer.layer.compiled]
+    try:
+        for method in methods:
+            install(method)
+        with torch.no_grad():
+            result = probe(*example[0], **example[1])
+    finally:
+        for method in methods:
+            uninstall(method)
+            method.layer.fallbacks = 0
+    return compare_results(result, found.result).l2
+
+
+def _sharing_notes(model: nn.Module, target: nn.Module) -> list[str]:
+    if target is model:
+        return []
+    return [
+        f"{name}: a hook holds on to the original model's modules and acts on those" for name in closures_over(model)
+    ]
+
+
+def _measurer(
+    target: Callable[[], nn.Module | None], example: Example, report: Report
+) -> Callable[[Sequence[int]], None]:
+    def measure(tokens: Sequence[int]) -> None:
+        from moec.bench import measure_report
+
+        after = target()
+        if after is None:
+            raise MoecError("MOEC504", "the compiled model is gone", hint="keep the model that moec.compile returned")
+        before = restore(make_twin(after))
+        measure_report(before, after, report, tokens, example)
+
+    return measure

@@ -1,0 +1,147 @@
+"""The line from a lifted layer to an installed one: build, verify, pass by pass, verify again, install, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moec.backendbase import Executable, load_backend
+from moec.errors import MoecError
+from moec.frontends.torch.install import CompiledMethod
+from moec.frontends.torch.lifted import Lifted
+from moec.ir import Region
+from moec.options import Options
+from moec.passbase import Pass, PassLog
+from moec.pipeline import default_passes, run
+from moec.report import LayerReport
+from moec.verify import Probe, Verdict, bar_for, compare_results, verify_layer
+from moec.weights import WeightStore
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+class VerificationFailed(MoecError):
+    """A layer's rewrite differs from the original."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A verified layer, ready to be installed on any twin of the module it was found in."""
+
+    lifted: Lifted
+    layer: LayerReport
+    region: Region
+    backend: str
+    pack: bool
+    strict: bool
+
+    def builder(self) -> Callable[[nn.Module], Executable]:
+        """Builds the executable over the weights of a given module."""
+        region, views, backend, pack = self.region, self.lifted.views, self.backend, self.pack
+        return lambda module: load_backend(backend).build(region, WeightStore(module, views), {}, pack=pack)
+
+    def method_for(self, model: nn.Module) -> CompiledMethod:
+        """The method that stands in the model's own module of the same name."""
+        lifted = self.lifted
+        module = model.get_submodule(lifted.name)
+        return CompiledMethod(
+            module, lifted.method, lifted.call, self.builder(), self.layer, lifted.replaced, self.strict
+        )
+
+
+def choose_backend(options: Options) -> tuple[str, str]:
+    """Name of the back end, and why where the user did not say."""
+    if options.backend == "auto":
+        return "reference", "back end reference: the only one there is so far"
+    return options.backend, ""
+
+
+def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
+    """Passes, build and verification of one layer; the report says what happened, also when it is left alone."""
+    layer = LayerReport(
+        name=lifted.name,
+        kind=lifted.kind,
+        status="compiled",
+        cut=lifted.cut,
+        evidence=lifted.evidence,
+        ir_before=str(lifted.region),
+    )
+    result = Compiled(lifted, layer, lifted.region, backend, options.pack, options.strict)
+    passes = default_passes(options)
+    exact, changing = _split(passes)
+    region, logs = run(lifted.region, exact)
+    executable = _build(lifted, region, backend, options.pack)
+    if options.verify:
+        verdict = _verify(lifted, executable)
+        _record(layer, verdict)
+        if not verdict.passed:
+            layer.status, layer.reason = (
+                "left alone",
+                f"verification failed at {verdict.failing}: {verdict.why}" if verdict.failing else "no probe ran",
+            )
+            return result
+    if changing:
+        region, more = run(lifted.region, passes)
+        logs = more
+        executable = _build(lifted, region, backend, options.pack)
+        layer.numerics_error = _numerics_error(lifted, executable)
+    _describe(layer, region, logs, executable, backend, lifted)
+    return Compiled(lifted, layer, region, backend, options.pack, options.strict)
+
+
+def _split(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    return tuple(p for p in passes if not p.changes_numerics), tuple(p for p in passes if p.changes_numerics)
+
+
+def _build(lifted: Lifted, region: Region, backend: str, pack: bool) -> Executable:
+    return load_backend(backend).build(region, WeightStore(lifted.module, lifted.views), {}, pack=pack)
+
+
+def _verify(lifted: Lifted, executable: Executable) -> Verdict:
+    low = lifted.dtype if lifted.dtype in _LOW else None
+    return verify_layer(
+        lifted.original,
+        lambda *args, **kwargs: lifted.call(lifted.module, executable, args, kwargs),
+        lifted.probes(),
+        bar=bar_for(lifted.dtype, lifted.longest),
+        low_precision=low,
+    )
+
+
+def _record(layer: LayerReport, verdict: Verdict) -> None:
+    layer.max_error, layer.max_abs_error, layer.bar = verdict.max_error, verdict.max_abs_error, verdict.bar
+    layer.failing_probe = verdict.failing
+
+
+def _numerics_error(lifted: Lifted, executable: Executable) -> float:
+    """Worst relative L2 against the original over the probes with finite inputs at ordinary scales."""
+    worst = 0.0
+    for probe in lifted.probes():
+        if not _ordinary(probe):
+            continue
+        with torch.no_grad():
+            theirs = lifted.original(*probe.args, **probe.kwargs)
+            mine = lifted.call(lifted.module, executable, probe.args, probe.kwargs)
+        worst = max(worst, compare_results(mine, theirs).l2)
+    return worst
+
+
+def _ordinary(probe: Probe) -> bool:
+    return "not-a-number" not in probe.label
+
+
+def _describe(
+    layer: LayerReport, region: Region, logs: Sequence[PassLog], executable: Executable, backend: str, lifted: Lifted
+) -> None:
+    layer.backend = backend
+    layer.passes = tuple(log.name for log in logs)
+    layer.pass_logs = tuple((log.name, tuple(log.done), tuple(log.skipped), log.diff) for log in logs)
+    layer.ir_after = str(region)
+    layer.plan = executable.describe()
+    owned = WeightStore(lifted.module, lifted.views).nbytes
+    layer.bytes_before = owned
+    layer.bytes_after = owned + executable.nbytes_packed
+    layer.bytes_peak = layer.bytes_after

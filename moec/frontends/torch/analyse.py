@@ -1,0 +1,82 @@
+"""From a live model to its lifted layers, and the reason for each candidate that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moec.errors import MoecError
+from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe
+from moec.frontends.torch.ffn import analyse_ffn
+from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.moe import analyse_moe
+from moec.frontends.torch.observe import Drivers, raised
+from moec.frontends.torch.refuse import check_weights, computed_owner
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that is left alone."""
+
+    name: str
+    kind: Literal["moe", "ffn"]
+    reason: str
+
+
+@dataclass
+class Analysis:
+    """What the front end found, in the order of the model's modules."""
+
+    lifted: list[Lifted] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    result: Any = None
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Everything that will be looked at, if every MoE candidate is one."""
+    moes = discover_moe(model)
+    return [*moes, *discover_ffn(model, set().union(*(c.weights for c in moes)))]
+
+
+def analyse(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, progress: Callable[[str], None]) -> Analysis:
+    """Look at every candidate of a model in eval mode. MoecError (MOEC211) when the model does not run on `example`."""
+    found = Analysis()
+    params = dict(model.named_parameters(remove_duplicate=False))
+    drivers = Drivers(model)
+    if example is not None:
+        try:
+            found.result = drivers.capture(*example)
+        except Exception as error:  # the user's model may raise anything
+            raise MoecError(
+                "MOEC211", f"the model does not run on example_inputs: {raised(error, model)}",
+                hint="example_inputs is a tuple of positional or a dict of keyword arguments of the model's forward",
+            ) from error  # fmt: skip
+    taken: set[str] = set()
+    for candidate in discover_moe(model):
+        progress(candidate.name)
+        try:
+            check_weights(model, computed_owner(candidate.name), candidate.weights)
+            found.lifted.append(analyse_moe(candidate, drivers, params))
+            taken |= candidate.weights
+        except NotLifted as reason:
+            found.refused.append(Refused(computed_owner(candidate.name), "moe", str(reason)))
+            if not getattr(reason, "chained", False):
+                taken |= candidate.weights
+    for candidate in discover_ffn(model, taken):
+        progress(candidate.name)
+        _analyse_ffn(model, candidate, drivers, params, found)
+    return found
+
+
+def _analyse_ffn(model: nn.Module, candidate: Candidate, drivers: Drivers, params: dict[str, torch.Tensor], found: Analysis) -> None:
+    try:
+        check_weights(model, computed_owner(candidate.name), candidate.weights)
+        found.lifted += analyse_ffn(candidate, drivers, params) or []
+    except NotLifted as reason:
+        found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason)))

@@ -56,6 +56,13 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC230": "weights that are not where they were",
         "MOEC231": "compiled layer that runs its original code",
         "MOEC232": "compiled method without its module",
+        # 4xx: back ends
+        "MOEC401": "unknown back end",
+        "MOEC403": "op that the back end cannot run",
+        "MOEC404": "input that is not what the region takes",
+        "MOEC405": "weight that is not what the region takes",
+        "MOEC406": "opaque graph that was not handed over",
+        "MOEC407": "opaque graph with other results than declared",
         # 5xx: the API and its options
         "MOEC501": "unknown option",
         "MOEC502": "option value that cannot be",

@@ -214,10 +214,8 @@ def from_terms(terms: Mapping[Monomial, Fraction]) -> Dim:
 
 
 def content(sizes: Iterable[Dim]) -> Fraction:
-    """The greatest positive number that divides every coefficient; 1 if there is none."""
+    """The greatest positive number that divides every coefficient; at least one size is not 0."""
     coefficients = [coefficient for size in sizes for _, coefficient in size.terms]
-    if not coefficients:
-        return Fraction(1)
     return Fraction(
         math.gcd(*(c.numerator for c in coefficients)),
         math.lcm(*(c.denominator for c in coefficients)),

@@ -31,7 +31,7 @@ def check_matrix(x: Value, w: Value, *, w_name: str, scale: Value | None, scale_
     if scale is not None:
         require_dtype(scale_name, scale, "f32")
         require_shape(scale_name, scale, w.type.shape[:-1], f"for {w_name} {w.type}")
-    elif x.type.dtype != "i8":
+    else:
         require_same_dtype(w_name, w, "x", x)
     width = x.type.shape[-1]
     require_size(f"the inputs of {w_name}", w.type.shape[-1], width, f"like the rows of {x.type}")

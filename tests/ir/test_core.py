@@ -19,6 +19,7 @@ from moec.ir import (
     Builder,
     ConcatWeights,
     Dim,
+    Exchange,
     Group,
     GroupedLinear,
     Linear,
@@ -124,6 +125,17 @@ def test_which_ops_are_pure_and_which_depend_on_weights_only() -> None:
     assert [name for name, cls in OPS.items() if not cls.pure] == ["opaque"]
     of_weights = {name for name, cls in OPS.items() if cls.of_weights}
     assert of_weights == {"weight", "concat_weights", "quantize_weight", "select_experts"}
+
+
+def test_device_order() -> None:
+    v = values("rows: f32[R, 4], offsets: i32[6]")
+    exchange = Exchange(v["rows"], v["offsets"], owners=(2, 0, 2, 0, 1), devices=4)
+    assert exchange.device_order() == (1, 3, 4, 0, 2)
+
+
+def test_an_op_without_a_type_rule_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="Op has no type rule"):
+        Op().infer()
 
 
 def test_region_queries() -> None:

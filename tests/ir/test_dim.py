@@ -110,6 +110,22 @@ def test_equal_sizes_compare_equal(left: str, right: str) -> None:
     assert Dim.parse(left) == Dim.parse(right)
 
 
+def test_what_takes_too_many_steps_to_prove_stays() -> None:
+    proven = Dim.parse("max(min(A, B) + min(C, D) + min(F, G), A + C + F)")
+    assert str(proven) == "A + C + F"
+    size = Dim.parse("max(min(A, B) + min(C, D) + min(F, G) + min(H, I) + min(L, M), A + C + F + H + L)")
+    assert "max" in str(size)
+    assert Dim.parse(str(size)) == size
+    assert size.evaluate({letter: number for number, letter in enumerate("ABCDFGHILM")}) == 0 + 2 + 4 + 6 + 8
+
+
+@pytest.mark.parametrize("text", ["max(floordiv(A - B, 2), 0)", "max(E*floordiv(T - 3, 2), 0)", "min(T - 1, 0)"])
+def test_signs_that_letters_do_not_decide(text: str) -> None:
+    size = Dim.parse(text)
+    assert text[:3] in str(size)
+    assert Dim.parse(str(size)) == size
+
+
 UNEQUAL = [
     ("T", "K"),
     ("floordiv(T, 2)", "ceildiv(T, 2)"),

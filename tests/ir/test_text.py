@@ -73,6 +73,79 @@ def test_strings_keep_any_character() -> None:
     assert parse(str(region)) == region
 
 
+SYNTAX = [
+    ("region moe", "regio moe", "expected 'region', found 'regio'"),
+    ("region moe", "region", "expected a name of the region, found '('"),
+    ("(%x:", "%x:", "expected '(' after the name, found '%x'"),
+    ("%x: f32", "x: f32", "expected an input '%name: type', found 'x'"),
+    ("%x: f32", "%x f32", "expected ':' after input %x, found 'f32'"),
+    ("f32[T, 64], %e", "[T, 64], %e", "expected a type like f32[T, 64], found '['"),
+    ("f32[T, 64], %e", "f32, %e", "expected '[' after element type f32, found ','"),
+    ("64], %e", "64, %e", "expected a size, found '%experts'"),
+    ("2]) {", "2] {", "expected ')' after the inputs, found '{'"),
+    ("2]) {", "2])", "expected '{' after the inputs, found end of line"),
+    ("2]) {\n", "2]) { ", "expected the end of the line after '{', found '%order'"),
+    ("%rows = g", "rows = g", "expected a line '%name = op(...)' or 'return', found 'rows'"),
+    ("%rows = g", "%rows, = g", "expected a line '%name = op(...)' or 'return', found '='"),
+    ("= gather(", "= 2(", "expected the name of an op, found '2'"),
+    ("(%x, %order)", "(%x, %order", "expected ')' after the operands, found '{'"),
+    ("(%x, %order)", "(%x, )", "expected a value '%name', found ')'"),
+    ("(%x, %order)", "(x=%x, x=%x)", "gather: operand x is given twice"),
+    ("(%x, %order)", "(%x, order %order)", "expected '=' after operand order, found '%order'"),
+    ("{k=2}", "{k=2", "expected '}' after the attributes, found ':'"),
+    ("{k=2}", "{k 2}", "expected '=' after attribute k, found '2'"),
+    ("{k=2}", "{2}", "expected the name of an attribute, found '2'"),
+    ("{k=2}", "{k=2, k=2}", "gather: attribute k is given twice"),
+    ("{k=2} : f32[2T, 64]", "{k=2} f32[2T, 64]", "expected the end of the line after the op gather, found 'f32'"),
+    ('"concat"', '"con\\cat"', "malformed string: a backslash starts an escape as in JSON"),
+    ('"concat"', '"concat', "unexpected character '\"'"),
+    ("return %y", "return %y,", "expected a value '%name', found end of line"),
+    ("return %y", "return %y %y", "expected the end of the line after the values returned, found '%y'"),
+    ("return %y\n}", "return %y\n", "expected '}' after the return of a region, found end of text"),
+    ("return %y\n}", "", "expected a line '%name = op(...)' or 'return', found end of text"),
+    ("return %y\n}", "return %y\n}\n}", "expected the end of the text after the region, found '}'"),
+    ("%rows = g", "$rows = g", "unexpected character '$'"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), SYNTAX)
+def test_syntax_errors_say_what_was_expected(old: str, new: str, message: str) -> None:
+    assert MOE.count(old) >= 1
+    with pytest.raises(MoecError) as caught:
+        parse(MOE.replace(old, new, 1))
+    assert caught.value.message == message
+    where = (caught.value.where or "").split("\n")
+    assert re.match(r"line \d+, column \d+: ", where[0])
+    assert re.fullmatch(r" *\^+", where[1])
+
+
+WRONG_KINDS = [
+    ("back=1", "back must be true or false, found '1'"),
+    ("back=none", "back must be true or false, found 'none'"),
+    ("devices=true", "devices must be a whole number, found 'true'"),
+    ('devices="2"', "devices must be a whole number, found '\"2\"'"),
+    ("owners=0", "owners must be a list of whole numbers, found '0'"),
+    ("owners=[0, x]", "owners must be a list of whole numbers, found '['"),
+    ("owners=[0.5]", "owners must be a list of whole numbers, found '['"),
+]
+
+
+@pytest.mark.parametrize(("attribute", "message"), WRONG_KINDS)
+def test_attributes_of_the_wrong_kind(attribute: str, message: str) -> None:
+    text = f"region r(%x: f32[T, 2], %o: i32[2]) {{\n  %y, %p = exchange(%x, %o) {{{attribute}}}\n  return %y\n}}"
+    with pytest.raises(MoecError) as caught:
+        parse(text)
+    assert (caught.value.code, caught.value.message) == ("MOEC123", f"exchange: {message}")
+
+
+def test_empty_parts() -> None:
+    region = parse("region r() {\n  %y = constant() {value=-1} : f32[]\n  return %y\n}")
+    assert str(region) == "region r() {\n  %y = constant {value=-1.0} : f32[]\n  return %y\n}"
+    with pytest.raises(MoecError) as caught:
+        parse("region r() {\n  %y = constant {} : f32[]\n  return %y\n}")
+    assert caught.value.message == "constant: missing attribute value"
+
+
 PIECES = re.findall(r"%?\w+|\s+|[^\w\s]", MOE)
 EXTRA = [
     *PIECES,

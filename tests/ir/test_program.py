@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from moec.errors import MoecError
 from moec.ir import Graph, Opaque, Program, Region, drop_dead, parse, parse_program, verify_program
 from tests.ir.build import MOE, moe
-from tests.ir.random_regions import STRINGS, regions
+from tests.ir.making import STRINGS
+from tests.ir.random_regions import regions
 
 ROUTED = """\
 region "block[0]"(%x: f32[T, 64]) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,8 +15,8 @@ LAYOUTS = ("none", "pair", *FUSED_LAYOUTS)
 
 
 @st.composite
-def activations(draw: st.DrawFn, layout: str) -> dict[str, Any]:
-    fn = draw(st.sampled_from(FUNCTIONS))
+def activations(draw: st.DrawFn, layout: str, functions: Sequence[str] = FUNCTIONS) -> dict[str, Any]:
+    fn = draw(st.sampled_from(functions))
     given: dict[str, Any] = {"fn": fn}
     if fn == "silu":
         given["alpha"] = draw(st.sampled_from([1.0, 1.702]))
@@ -27,7 +28,7 @@ def activations(draw: st.DrawFn, layout: str) -> dict[str, Any]:
 
 
 @st.composite
-def moe_layers(draw: st.DrawFn) -> Region:
+def moe_layers(draw: st.DrawFn, functions: Sequence[str] = FUNCTIONS) -> Region:
     e = draw(st.integers(1, 6))
     layout = draw(st.sampled_from(LAYOUTS))
     return mixtral_layer(
@@ -39,7 +40,7 @@ def moe_layers(draw: st.DrawFn) -> Region:
         bias=draw(st.booleans()),
         layout=layout,
         on_input=draw(st.sampled_from([False, False, True])),
-        **draw(activations(layout)),
+        **draw(activations(layout, functions)),
     )
 
 

@@ -21,6 +21,11 @@ MODES: dict[str, str | None] = {
     "max-autotune": "there are no kernels to tune yet",
 }
 QUANTIZE: dict[str, str | None] = {"int8": None}
+# What is asked for and does not work yet is refused: to ignore it would be a silent change of plan.
+FLAGS: dict[str, str] = {
+    "training": "compiled layers run in eval mode only, and in training mode the original forward runs",
+    "free_original": "packed weights are always a second copy so far",
+}
 PLANNED: dict[str, str] = {
     "mesh": "expert parallelism over a device mesh does not exist yet",
     "plan": "placement and capacity plans do not exist yet",
@@ -39,13 +44,13 @@ class Options:
     passes: str | tuple[Any, ...] | None = None
     """Passes to run instead of the default ones: pass objects, or text like "merge-gate-up,fuse-experts"."""
     training: bool = False
-    """Compiled layers also serve training mode; otherwise the original forward does."""
+    """Compiled layers also serve training mode. Refused so far: the original forward does."""
     inplace: bool = False
     """Change the model given instead of returning a twin that shares its tensors."""
     pack: bool = False
     """Let a back end keep a second copy of the weights in the layout it runs fastest from."""
     free_original: bool = False
-    """With pack: give back the memory of the weights that were packed."""
+    """With pack: give back the memory of the weights that were packed. Refused so far."""
     verify: bool = True
     """Check each layer against the original before it is replaced."""
     strict: bool = False
@@ -64,14 +69,7 @@ class Options:
         for name in values:
             if name not in known:
                 raise MoecError("MOEC501", f"unknown option {name!r}", hint=suggest(name, known))
-        options = cls(**{name: _checked(name, value) for name, value in values.items()})
-        if options.free_original and not options.pack:
-            raise MoecError(
-                "MOEC502",
-                "free_original=True needs pack=True: without packed weights the model's own are the only copy",
-                hint="add pack=True, or leave free_original out",
-            )
-        return options
+        return cls(**{name: _checked(name, value) for name, value in values.items()})
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -90,6 +88,8 @@ def _checked(name: str, value: Any) -> Any:
         return _passes(value)
     if not isinstance(value, bool):
         raise MoecError("MOEC502", f"{name}={value!r} must be True or False", hint=f"pass {name}=True or {name}=False")
+    if value and name in FLAGS:
+        raise MoecError("MOEC503", f"{name}=True: {FLAGS[name]}", hint=f"leave {name} out")
     return value
 
 

@@ -42,7 +42,8 @@ def test_options_are_frozen() -> None:
         ({"strict": "yes"}, "MOEC502", "strict='yes' must be True or False"),
         ({"passes": 3}, "MOEC502", "passes=3 must be text or a list of passes"),
         ({"passes": [3]}, "MOEC502", "must be text or a list of passes"),
-        ({"free_original": True}, "MOEC502", "free_original=True needs pack=True"),
+        ({"free_original": True, "pack": True}, "MOEC503", "always a second copy so far"),
+        ({"training": True}, "MOEC503", "in training mode the original forward runs"),
         ({"inplce": True}, "MOEC501", 'did you mean "inplace"?'),
         ({"mesh": object()}, "MOEC503", "device mesh does not exist yet"),
         ({"plan": object()}, "MOEC503", "plans do not exist yet"),
@@ -66,7 +67,7 @@ def test_what_works_is_taken() -> None:
         for choice in (choice for choice, missing in choices.items() if missing is None):
             assert getattr(Options.make(**{name: choice}), name) == choice
     assert Options.make(quantize="int8").quantize == "int8"
-    assert Options.make(pack=True, free_original=True).free_original
+    assert Options.make(pack=True, free_original=False, training=False).pack
 
 
 def test_passes_as_text_names_or_objects() -> None:

@@ -120,6 +120,8 @@ def _step(region: Region, one: Pass, log: PassLog) -> Region:
     try:
         after = one(region, log)
     except MoecError as error:
+        if error.code.startswith("MOEC1"):  # the pass made something that is no IR
+            raise _broken("MOEC306", _broke(region, one, error), error.where) from error
         raise MoecError(error.code, f"{one.name}: {error.message}", where=error.where, hint=error.hint) from error
     except Exception as error:
         raise _broken("MOEC307", f"{one.name} raised {type(error).__name__}: {error}") from error
@@ -135,8 +137,7 @@ def _check_result(before: Region, after: Region, one: Pass) -> None:
     try:
         verify(after)
     except MoecError as error:
-        message = f"{one.name} broke the region {before.name}: [{error.code}] {error.message}"
-        raise _broken("MOEC306", message, error.where) from error
+        raise _broken("MOEC306", _broke(before, one, error), error.where) from error
     for what, was, now in (
         ("inputs", [str(v.type) for v in before.inputs], [str(v.type) for v in after.inputs]),
         ("outputs", [str(v.type) for v in before.outputs], [str(v.type) for v in after.outputs]),
@@ -145,6 +146,10 @@ def _check_result(before: Region, after: Region, one: Pass) -> None:
             raise _broken(
                 "MOEC306", f"{one.name} changed the region's {what} from {', '.join(was)} to {', '.join(now)}"
             )
+
+
+def _broke(region: Region, one: Pass, error: MoecError) -> str:
+    return f"{one.name} broke the region {region.name}: [{error.code}] {error.message}"
 
 
 def _broken(code: str, message: str, where: str | None = None) -> MoecError:

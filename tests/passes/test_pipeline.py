@@ -12,6 +12,7 @@ import pytest
 
 from moec.errors import MoecError
 from moec.ir import Act, Node, Region, Value, diff, parse
+from moec.ir.rewrite import Rewriter
 from moec.options import Options
 from moec.passbase import Pass, PassLog
 from moec.passes import PASSES, FuseExperts, PlanCapacity, QuantizeExperts
@@ -69,6 +70,20 @@ def test_a_pass_that_breaks_the_region_is_named() -> None:
         fails(drop_first)
         == """[MOEC306] custom broke the region ffn: [MOEC110] linear: %w_up is not defined
   at line 2: %h = linear(%x, %w_up) : f32[T, 16]
+  hint: this is a defect of the pass; run without it to go on"""
+    )
+
+
+def test_a_pass_that_makes_what_is_no_ir_is_named() -> None:
+    def halve(region: Region, log: PassLog) -> Region:
+        edit = Rewriter(region)
+        edit.replace_op(region.nodes[1], Act(region.inputs[0], fn="relu"))
+        return edit.finish()
+
+    assert (
+        fails(halve)
+        == """[MOEC306] custom broke the region ffn: [MOEC105] linear: the inputs of w must be 8 like the rows of \
+f32[T, 8], found 16
   hint: this is a defect of the pass; run without it to go on"""
     )
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import tests.corpus.batch
-import tests.corpus.combine
-import tests.corpus.dense_ffn
-import tests.corpus.effects
-import tests.corpus.experts
-import tests.corpus.hand_written
-import tests.corpus.near_misses
-import tests.corpus.not_moe
-import tests.corpus.positive_moe
-import tests.corpus.selection
-import tests.corpus.weights  # noqa: F401
+from tests.corpus import (  # noqa: F401 - each registers its cases
+    batch,
+    combine,
+    dense_ffn,
+    effects,
+    experts,
+    hand_written,
+    near_misses,
+    not_moe,
+    positive_moe,
+    selection,
+    weights,
+)
 from tests.corpus.case import CASES, Case
+from tests.corpus.inlined import add_inlined
+
+add_inlined()
 
 __all__ = ["CASES", "Case"]

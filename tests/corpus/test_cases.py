@@ -75,7 +75,7 @@ def expert_slices(module: nn.Module) -> list[list[Tensor]]:
 
 
 def test_several_experts_take_part(case: Case) -> None:
-    if case.kind != "moe" or case.name == "effects.inner_no_grad":
+    if case.kind != "moe" or case.name.endswith("effects.inner_no_grad"):
         pytest.skip("no experts, or no gradients to see them by")
     module = case.make()
     torch.manual_seed(3)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from moec.errors import MoecError
-from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe
-from moec.frontends.torch.ffn import analyse_ffn
+from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening
+from moec.frontends.torch.ffn import NotRun, analyse_ffn
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.moe import analyse_moe
@@ -78,5 +78,10 @@ def _analyse_ffn(model: nn.Module, candidate: Candidate, drivers: Drivers, param
     try:
         check_weights(model, computed_owner(candidate.name), candidate.weights)
         found.lifted += analyse_ffn(candidate, drivers, params) or []
+    except NotRun as reason:
+        if is_widening(params[n] for n in candidate.weights):
+            found.refused.append(Refused(candidate.name, "ffn", str(reason)))
+        else:
+            found.notes.append(f"{candidate.name} holds matrices like an FFN's but {reason}")
     except NotLifted as reason:
         found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason)))

@@ -127,7 +127,13 @@ def _smallest(names: list[str]) -> list[str]:
 def _has_pair(matrices: Iterable[torch.Tensor]) -> bool:
     shapes = {tuple(p.shape) for p in matrices}
     # Gate and up may be one matrix of twice the width.
-    return any(a != b and ((b, a) in shapes or (a % 2 == 0 and (b, a // 2) in shapes)) for a, b in shapes)
+    return any(a != b and ((b, a) in shapes or (a % 2 == 0 and b != a // 2 and (b, a // 2) in shapes)) for a, b in shapes)
+
+
+def is_widening(matrices: Iterable[torch.Tensor]) -> bool:
+    """A pair whose hidden width is above the model's: an FFN's, while a narrower one is often attention's low-rank pair."""
+    shapes = {tuple(p.shape) for p in matrices}
+    return any(a > b and ((b, a) in shapes or (b, a // 2) in shapes) for a, b in shapes)
 
 
 def _all_square(matrices: Iterable[torch.Tensor]) -> bool:

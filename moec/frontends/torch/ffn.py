@@ -30,6 +30,10 @@ from moec.frontends.torch.solve import solve_dense
 from moec.verify import Probe
 
 
+class NotRun(NotLifted):
+    """No module around the candidate could be called."""
+
+
 def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor]) -> list[Lifted] | None:
     """The FFN layers inside the candidate; None when it holds none. Raises NotLifted when it holds one that cannot be cut, or could not be run."""
     weights = [params[n] for n in sorted(candidate.weights)]
@@ -38,13 +42,13 @@ def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         try:
             log, _ = driver.observe()
         except ProbeFailed as failure:
-            drivers.failures.append(str(failure))
+            drivers.failed(driver, failure)
             continue
         pairs = find_pairs(log, params, candidate.weights)
         if not pairs:
             return None
         return [_cut(driver, log, instance, params, candidate) for instance in pairs]
-    raise NotLifted("could not be run alone; pass example_inputs")
+    raise NotRun("could not be run alone; pass example_inputs")
 
 
 def find_pairs(log: Log, params: Mapping[str, torch.Tensor], weights: set[str]) -> list[Instance]:

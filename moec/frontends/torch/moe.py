@@ -42,7 +42,7 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         try:
             log, _ = driver.observe()
         except ProbeFailed as failure:
-            drivers.failures.append(str(failure))
+            drivers.failed(driver, failure)
             continue
         try:
             return _from_log(candidate, driver, log, params)

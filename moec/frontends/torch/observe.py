@@ -32,6 +32,10 @@ def tokens(shape: Sequence[int], dtype: torch.dtype, seed: int, *, device: torch
     return x.to(device, dtype)
 
 
+# How far above a candidate a module to run is looked for: the block, and the layer around it.
+_LEVELS = 4
+
+
 class ProbeFailed(NotLifted):
     """The user's code raised on a probe."""
 
@@ -73,6 +77,13 @@ class Drivers:
     model: nn.Module
     captured: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    hopeless: set[tuple[str, int, int]] = field(default_factory=set)
+
+    def failed(self, driver: Driver, failure: ProbeFailed) -> None:
+        """Remember a probe that the user's code refused, so that the next candidate does not try it again."""
+        self.failures.append(str(failure))
+        if driver.width is not None:
+            self.hopeless.add((driver.path, driver.width, driver.rank))
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model once and remember the arguments of each module's first call; returns the model's result."""
@@ -86,7 +97,9 @@ class Drivers:
     def drivers(self, name: str, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Driver]:
         """Drivers for the candidate called `name`, smallest module first."""
         path: str | None = name
-        while path is not None:
+        for _ in range(_LEVELS):
+            if path is None:
+                return
             module = self.model.get_submodule(path)
             if path in self.captured:
                 args, kwargs = self.captured[path]
@@ -114,6 +127,8 @@ class Drivers:
             return
         for width in widths:
             for rank, shape in ((3, (2, 20, width)), (2, (40, width))):
+                if (path, width, rank) in self.hopeless:
+                    continue
                 yield Driver(path, module, (tokens(shape, dtype, 1, device=device),), {}, width, rank)
 
 

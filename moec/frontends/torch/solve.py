@@ -75,9 +75,9 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
     candidates = _before(blocks)
     loose = 1e-4 if _precise(params, body) else 4e-2
     ends = list(_after(blocks, body, blocks.last))
-    for x in candidates:
-        if not x.value.is_floating_point() or not x.value.dim() or x.value.shape[-1] != body.inputs:
-            continue
+    wide = [c for c in candidates if c.value.is_floating_point() and c.value.dim() and c.value.shape[-1] == body.inputs]
+    # Rows already repeated for their experts would do too, but the tokens themselves say more.
+    for x in sorted(wide, key=lambda c: c.value.numel()):
         tokens = x.value.numel() // body.inputs
         rows = x.value.reshape(tokens, -1).float()
         fitting = [(s, i, v.reshape(tokens, -1).float()) for s, i, v in ends if v.numel() == tokens * body.outputs]
@@ -88,16 +88,22 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
             chosen = _routing(form, selector, weights, rows, tokens, body.experts, num_slots)
             if chosen is None:
                 continue
-            for on_input in (False, True):
-                if on_input and form == "unit":
-                    continue
+            for on_input in (False, True) if form != "unit" else (False,):
                 mine = outputs.combine(*chosen, on_input=on_input)
                 for slot, index, value in fitting:
                     if near(mine, value, loose):
                         picked = (None if c is None else c.slot for c in (selector, weights))
-                        same = _same_values(blocks, [c.value for c in (selector, weights) if c is not None])
+                        same = _steering(blocks, [c for c in (selector, weights) if c is not None])
                         return Solution(x.slot, *picked, form, num_slots, slot, index, on_input, same)
     return None
+
+
+def _steering(blocks: Blocks, chosen: Sequence[_Candidate]) -> tuple[int, ...]:
+    """Tensors that hold the routing in whatever shape, and the integers it was made from."""
+    log = blocks.log
+    behind = log.closure([(c.slot, blocks.first) for c in chosen], start=blocks.site.start)
+    whole = [s for i in sorted(behind) for s in log.entries[i].results if not log.tensors[s].is_floating_point()]
+    return (*_same_values(blocks, [c.value for c in chosen]), *whole)
 
 
 def _same_values(blocks: Blocks, values: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._pytree import tree_flatten
-
-from moec.frontends.torch.oplog import HOST_READ, Entry, Log, Ref, Site
+from moec.frontends.torch.oplog import HOST_READ, Entry, Log, Site, slots
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,6 @@ class Item:
     @property
     def results(self) -> tuple[int, ...]:
         return slots(self.outputs)
-
-
-def slots(tree: Any) -> tuple[int, ...]:
-    return tuple(leaf.slot for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,28 @@ class Ref:
     slot: int
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(...)})
+
+
+def slots(tree: Any) -> tuple[int, ...]:
+    """The slots in a tree, in order."""
+    found: list[int] = []
+    todo = [tree]
+    while todo:
+        item = todo.pop()
+        kind = type(item)
+        if kind is Ref:
+            found.append(item.slot)
+        elif kind is tuple or kind is list:
+            todo.extend(reversed(item))
+        elif kind is dict:
+            todo.extend(reversed(item.values()))
+        elif kind not in _PLAIN:
+            leaves = tree_flatten(item)[0]
+            found.extend(leaf.slot for leaf in leaves if isinstance(leaf, Ref))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One ATen call, or one read of a tensor's values on the host (`op == HOST_READ`)."""
@@ -46,11 +68,11 @@ class Entry:
 
     @functools.cached_property
     def reads(self) -> tuple[int, ...]:
-        return tuple(leaf.slot for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Ref))
+        return slots((self.args, self.kwargs))
 
     @functools.cached_property
     def results(self) -> tuple[int, ...]:
-        return tuple(leaf.slot for leaf in tree_flatten(self.outs)[0] if isinstance(leaf, Ref))
+        return slots(self.outs)
 
     @property
     def name(self) -> str:
@@ -110,6 +132,16 @@ class Log:
         return found
 
     def refs(self, tree: Any) -> Any:
+        """The tree with its tensors replaced by their slots. Plain containers are the hot path of recording."""
+        kind = type(tree)
+        if isinstance(tree, torch.Tensor):
+            return Ref(self.slot(tree))
+        if kind in _PLAIN:
+            return tree
+        if kind is tuple or kind is list:
+            return kind([self.refs(v) for v in tree])
+        if kind is dict:
+            return {k: self.refs(v) for k, v in tree.items()}
         return tree_map(lambda v: Ref(self.slot(v)) if isinstance(v, torch.Tensor) else v, tree)
 
     def before_write(self, tensor: torch.Tensor) -> None:
@@ -231,7 +263,7 @@ class _AtenRecorder(TorchDispatchMode):
             self.log.before_write(tensor)
         out = func(*args, **kwargs)
         self.log.append(func, args, kwargs, out, written)
-        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(out)[0]) and out is not None:
+        if type(out) in (int, float, bool):
             self.log.append(HOST_READ, args, {}, None, ())
         return out
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from moec.frontends.torch.instances import NotLifted
-from moec.frontends.torch.items import Item, slots
-from moec.frontends.torch.oplog import Log, Ref
+from moec.frontends.torch.items import Item
+from moec.frontends.torch.oplog import Log, Ref, slots
 from moec.frontends.torch.sizes import Size, solve
 
 

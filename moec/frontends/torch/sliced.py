@@ -10,8 +10,8 @@ import torch
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.instances import NotLifted
-from moec.frontends.torch.items import Blocks, Item, needed, slots
-from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site
+from moec.frontends.torch.items import Blocks, Item, needed
+from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site, slots
 from moec.frontends.torch.program import Aligned, Step
 from moec.frontends.torch.solve import Solution
 

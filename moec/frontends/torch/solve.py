@@ -13,7 +13,8 @@ import torch
 
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.direct import near
-from moec.frontends.torch.items import Blocks, slots
+from moec.frontends.torch.items import Blocks
+from moec.frontends.torch.oplog import slots
 from moec.frontends.torch.routing import FORMS
 
 _MOST_SLOTS = 64

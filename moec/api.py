@@ -49,7 +49,7 @@ class Handle:
         return copied
 
 
-def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:  # noqa: A001 - the name users know from torch
+def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:
     """Compile the MoE and FFN layers of `model` and return a twin of it that shares all its tensors.
 
     `example_inputs` is a tuple of positional or a dict of keyword arguments of the model's forward; without it, probes are made from the

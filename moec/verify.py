@@ -71,7 +71,9 @@ def difference(mine: torch.Tensor, theirs: torch.Tensor) -> Difference:
         return Difference(float("inf"), float("inf"), f"dtype {mine.dtype} instead of {theirs.dtype}")
     if not theirs.is_floating_point():
         same = torch.equal(mine, theirs)
-        return Difference(0.0 if same else float("inf"), 0.0 if same else float("inf"), "" if same else "other integers")
+        return Difference(
+            0.0 if same else float("inf"), 0.0 if same else float("inf"), "" if same else "other integers"
+        )
     wide = torch.float64 if theirs.dtype == torch.float64 else torch.float32
     a, b = mine.detach().to(wide), theirs.detach().to(wide)
     finite = torch.isfinite(b)
@@ -103,7 +105,11 @@ def compare_results(mine: Any, theirs: Any) -> Difference:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             found = difference(a, b)
         else:
-            found = Difference(0.0, 0.0) if a is b or a == b else Difference(float("inf"), float("inf"), f"{a!r} instead of {b!r}")
+            found = (
+                Difference(0.0, 0.0)
+                if a is b or a == b
+                else Difference(float("inf"), float("inf"), f"{a!r} instead of {b!r}")
+            )
         if found.mismatch:
             return found
         worst = Difference(max(worst.l2, found.l2), max(worst.largest, found.largest))
@@ -111,7 +117,12 @@ def compare_results(mine: Any, theirs: Any) -> Difference:
 
 
 def verify_layer(
-    original: Callable[..., Any], compiled: Callable[..., Any], probes: Iterable[Probe], *, bar: float, low_precision: torch.dtype | None = None
+    original: Callable[..., Any],
+    compiled: Callable[..., Any],
+    probes: Iterable[Probe],
+    *,
+    bar: float,
+    low_precision: torch.dtype | None = None,
 ) -> Verdict:
     """Run both on each probe. `low_precision` is the layer's 16-bit dtype, judged against fp32 where the probe has a judge.
 
@@ -162,7 +173,7 @@ def _judge_low_precision(verdict: Verdict, probe: Probe, mine: Any, theirs: Any,
     finite = torch.isfinite(exact) & torch.isfinite(outputs[1].float())
     ours, own = (difference(torch.where(finite, o.float(), 0), torch.where(finite, exact, 0)) for o in outputs)
     verdict.max_error, verdict.max_abs_error = max(verdict.max_error, ours.l2), max(verdict.max_abs_error, ours.largest)
-    verdict.bar = LOW_PRECISION_FACTOR
+    verdict.bar = max(verdict.bar if len(verdict.probes) > 1 else 0.0, LOW_PRECISION_FACTOR * own.l2)
     if own.l2 > limit:
         verdict.failing, verdict.why = probe.label, f"the original is {own.l2:.1e} from the lifted formula in fp32"
     elif ours.l2 > LOW_PRECISION_FACTOR * own.l2 + 1e-7 or ours.mismatch:

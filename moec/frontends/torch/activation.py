@@ -44,6 +44,14 @@ class Activation:
     clamp_after: bool = False
     up_shift: float = 0.0
 
+    def __str__(self) -> str:
+        parts = [self.fn if self.alpha is None else f"{self.fn}(alpha={self.alpha:g})"]
+        parts += [f"gated, {self.layout.replace('_', ' ')}"] if self.layout is not None else []
+        parts += (
+            [f"clamped at {self.limit:g}{' afterwards' if self.clamp_after else ''}"] if self.limit is not None else []
+        )
+        return ", ".join([*parts, *([f"up + {self.up_shift:g}"] if self.up_shift else [])])
+
     @property
     def gated(self) -> bool:
         return self.layout is not None
@@ -103,10 +111,15 @@ def synthetic(widths: Sequence[int], seed: int) -> list[torch.Tensor]:
     """Random hidden vectors whose elements have mixed scales."""
     generator = torch.Generator().manual_seed(seed)
     pick = torch.tensor(_SCALES)
-    return [torch.randn(n, generator=generator) * pick[torch.randint(len(_SCALES), (n,), generator=generator)] for n in widths]
+    return [
+        torch.randn(n, generator=generator) * pick[torch.randint(len(_SCALES), (n,), generator=generator)]
+        for n in widths
+    ]
 
 
-def name_activation(ask: Ask, widths: Sequence[int], width: int, numbers: Sequence[float], tolerance: float) -> Activation | None:
+def name_activation(
+    ask: Ask, widths: Sequence[int], width: int, numbers: Sequence[float], tolerance: float
+) -> Activation | None:
     """The activation that `ask` computes on hidden vectors of the given widths, or None.
 
     `ask` maps one vector per up-projection ([N] each) to the hidden vector [F] the down-projection reads. `tolerance` is relative, per element.

@@ -44,11 +44,16 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return [*moes, *discover_ffn(model, set().union(*(c.weights for c in moes)))]
 
 
-def analyse(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, progress: Callable[[str], None]) -> Analysis:
+def analyse(
+    model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, progress: Callable[[str], None]
+) -> Analysis:
     """Look at every candidate of a model in eval mode. MoecError (MOEC211) when the model does not run on `example`."""
     found = Analysis()
     # Buffers serve a sliced block's own operations; weights are looked for among the candidates' parameters only.
-    params = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    params = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     drivers = Drivers(model)
     if example is not None:
         try:
@@ -75,7 +80,9 @@ def analyse(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | 
     return found
 
 
-def _analyse_ffn(model: nn.Module, candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor], found: Analysis) -> None:
+def _analyse_ffn(
+    model: nn.Module, candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor], found: Analysis
+) -> None:
     try:
         check_weights(model, computed_owner(candidate.name), candidate.weights)
         found.lifted += analyse_ffn(candidate, drivers, params) or []

@@ -28,7 +28,9 @@ class Bank:
         return self.views[0].shape
 
 
-def unify(log: Log, module: torch.nn.Module, prefix: str, instances: Sequence[Instance], params: dict[str, torch.Tensor]) -> list[Bank]:
+def unify(
+    log: Log, module: torch.nn.Module, prefix: str, instances: Sequence[Instance], params: dict[str, torch.Tensor]
+) -> list[Bank]:
     """One bank per role over all experts; raises NotLifted where experts differ."""
     signatures = [signature(log, instance) for instance in instances]
     odd = next((i for i, s in enumerate(signatures) if not s.same(signatures[0])), None)
@@ -51,7 +53,9 @@ def _place(view: View) -> str:
     return f"{view.param!r} from element {view.offset}"
 
 
-def complete(views: Sequence[View], module: torch.nn.Module, prefix: str, params: dict[str, torch.Tensor]) -> tuple[View, ...]:
+def complete(
+    views: Sequence[View], module: torch.nn.Module, prefix: str, params: dict[str, torch.Tensor]
+) -> tuple[View, ...]:
     """The views of all experts, from those seen."""
     if len({v.param for v in views}) == 1 and not _one_per_module(views[0], params):
         return _stacked(views[0], params[views[0].param])
@@ -74,13 +78,19 @@ def _stacked(view: View, param: torch.Tensor) -> tuple[View, ...]:
     rest, step = param.numel() // size, size
     if param.dim() == len(view.shape) + 1 and param.numel() == param.shape[0] * size:
         rest, step = param.shape[0], param.stride(0)
-    elif param.numel() % size or not param.is_contiguous() or max(n * s for n, s in zip(view.shape, view.stride, strict=True)) > size:
+    elif (
+        param.numel() % size
+        or not param.is_contiguous()
+        or max(n * s for n, s in zip(view.shape, view.stride, strict=True)) > size
+    ):
         raise NotLifted(f"parameter {view.param!r} of shape {tuple(param.shape)} is not an even stack of experts")
     base = view.offset % step
     return tuple(View(view.param, base + e * step, view.shape, view.stride) for e in range(rest))
 
 
-def _listed(views: Sequence[View], module: torch.nn.Module, prefix: str, params: dict[str, torch.Tensor]) -> tuple[View, ...]:
+def _listed(
+    views: Sequence[View], module: torch.nn.Module, prefix: str, params: dict[str, torch.Tensor]
+) -> tuple[View, ...]:
     """Experts as siblings in one container: the one part of the name that varies is the expert."""
     names = [v.param.split(".") for v in views]
     spread = [i for i, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1]
@@ -98,7 +108,9 @@ def _listed(views: Sequence[View], module: torch.nn.Module, prefix: str, params:
     for key in keys:
         other = params[full[key]]
         if other.shape != first.shape or other.stride() != first.stride() or other.dtype != first.dtype:
-            raise NotLifted(f"experts differ in width: {full[key]!r} is {tuple(other.shape)}, {views[0].param!r} is {tuple(first.shape)}")
+            raise NotLifted(
+                f"experts differ in width: {full[key]!r} is {tuple(other.shape)}, {views[0].param!r} is {tuple(first.shape)}"
+            )
     if len({params[full[key]].data_ptr() for key in keys}) < len(keys):
         raise NotLifted("experts share their parameters")
     if {v.param for v in views} - set(full.values()):

@@ -69,7 +69,9 @@ def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]
         )
         if activation is None:
             ops = [log.entries[i].name for i in instance.middle if log.entries[i].name not in MOVES]
-            raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
+            raise NotLifted(
+                f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}"
+            )
     return Reading(Body(banks, activation), instance.entries, (down or parts[0]).experts)
 
 
@@ -83,7 +85,10 @@ def _product(log: Log, entry: Entry, weights: Mapping[str, torch.Tensor]) -> Pro
     if not grouped and (entry.name not in _PRODUCTS or entry.kwargs or not all(isinstance(a, Ref) for a in entry.args)):
         return None
     left, right = (a.slot for a in (entry.args[:2] if grouped else entry.args[-2:]))
-    for operand, source, contraction, free, source_axis, out_axis in ((right, left, -2, -1, -1, -1), (left, right, -1, -2, -2, -2)):
+    for operand, source, contraction, free, source_axis, out_axis in (
+        (right, left, -2, -1, -1, -1),
+        (left, right, -1, -2, -2, -2),
+    ):
         moves = moved_from(log, operand, entry.index, weights)
         if moves is None:
             continue
@@ -122,7 +127,12 @@ def _with_bias(log: Log, product: Product, params: Mapping[str, torch.Tensor]) -
     if not users or (len(users) > 1 and users[0].name != "add_"):
         return product
     user, width = users[0], product.bank[0].shape[0]
-    if user.name not in ("add", "add_") or user.kwargs or len(user.args) != 2 or not all(isinstance(a, Ref) for a in user.args):
+    if (
+        user.name not in ("add", "add_")
+        or user.kwargs
+        or len(user.args) != 2
+        or not all(isinstance(a, Ref) for a in user.args)
+    ):
         return product
     vectors = {n: p for n, p in params.items() if p.dim() in (1, 2, 3)}
     for argument in user.args:

@@ -16,7 +16,9 @@ class Binder:
         self.names = tuple(p.name for p in parameters if p.kind in plain)
         self.defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         self.required = tuple(
-            p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in (*plain, inspect.Parameter.KEYWORD_ONLY)
+            p.name
+            for p in parameters
+            if p.default is inspect.Parameter.empty and p.kind in (*plain, inspect.Parameter.KEYWORD_ONLY)
         )
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

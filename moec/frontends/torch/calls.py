@@ -26,7 +26,9 @@ class Call(Protocol):
 
     dtype: torch.dtype
 
-    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def __call__(
+        self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
 
 
 def _check(x: Any, rank: int, dtype: torch.dtype, width: int) -> torch.Tensor:
@@ -61,7 +63,9 @@ class DirectCall:
     inputs: int
     out_shape: tuple[int | Size, ...]
 
-    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         bound = self.binder(args, kwargs)
         roles = self.roles
         x = _check(bound.pop(roles.x, None), self.rank, self.dtype, self.inputs)
@@ -92,7 +96,9 @@ class SlicedCall:
     inputs: int
     width: int
 
-    def __call__(self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         s = self.sliced
         bound = self.binder(args, kwargs)
         given = _check(bound.pop(s.x_name, None), self.rank, self.dtype, self.width)

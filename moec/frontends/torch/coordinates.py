@@ -19,8 +19,38 @@ from moec.frontends.torch.replay import replay
 from moec.weights import View
 
 MOVES = frozenset(
-    "t transpose permute view _unsafe_view reshape expand unsqueeze squeeze select slice split split_with_sizes chunk unbind index "
-    "index_select embedding clone contiguous stack cat alias detach as_strided narrow flatten repeat repeat_interleave _reshape_alias".split()
+    [
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "index",
+        "index_select",
+        "embedding",
+        "clone",
+        "contiguous",
+        "stack",
+        "cat",
+        "alias",
+        "detach",
+        "as_strided",
+        "narrow",
+        "flatten",
+        "repeat",
+        "repeat_interleave",
+        "_reshape_alias",
+    ]
 )
 _SHIFT = 40
 _LARGEST = 1 << 26
@@ -64,7 +94,9 @@ def number(log: Log, slot: int, entries: set[int], params: Mapping[str, torch.Te
     leaves = [s for s in sorted(reads) if log.producer(s) is None and log.param_of(s) in params]
     names = tuple(str(log.param_of(s)) for s in leaves)
     if log.tensors[slot].numel() > _LARGEST or any(params[n].numel() > _LARGEST for n in names):
-        raise NotLifted("weights are gathered into a batch too large to follow; such code computes slower than a loop over experts")
+        raise NotLifted(
+            "weights are gathered into a batch too large to follow; such code computes slower than a loop over experts"
+        )
     given = {}
     for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
         tensor, param = log.tensors[leaf], params[name]

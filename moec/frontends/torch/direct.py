@@ -78,7 +78,9 @@ def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float) -> bool:
     return bool(torch.isfinite(norm) and norm > 0 and (mine - theirs).norm() <= bar * norm)
 
 
-def _predict(body: Body, params: Mapping[str, torch.Tensor], roles: Roles, bound: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
+def _predict(
+    body: Body, params: Mapping[str, torch.Tensor], roles: Roles, bound: Mapping[str, Any], tokens: int
+) -> torch.Tensor | None:
     x = bound[roles.x].reshape(tokens, -1)
     if roles.form is None:
         one = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
@@ -116,7 +118,9 @@ def _routed(
         for weights in floats:
             if is_index and weights != selector and bound[weights].numel() == values.numel():
                 yield Roles(x, selector, weights, "indices", on_input, values.numel() // tokens)
-            masked = values.dim() > 1 and values.shape[-1] == experts and values.numel() == bound[weights].numel() * experts
+            masked = (
+                values.dim() > 1 and values.shape[-1] == experts and values.numel() == bound[weights].numel() * experts
+            )
             if masked and weights != selector:
                 yield Roles(x, selector, weights, "mask", on_input, bound[weights].numel() // tokens)
         if is_index and not on_input:
@@ -142,6 +146,9 @@ def steering_reads(log: Log, site: Site, x: int) -> str | None:
         if entry.op != HOST_READ or not entry.reads:
             continue
         behind = log.closure([(entry.reads[0], entry.index)], start=site.start)
-        if any(log.storages[s] == storage for i in behind for s in log.entries[i].reads) or log.storages[entry.reads[0]] == storage:
+        if (
+            any(log.storages[s] == storage for i in behind for s in log.entries[i].reads)
+            or log.storages[entry.reads[0]] == storage
+        ):
             return f"{site.label} reads a value computed from its input on the host and may branch on it"
     return None

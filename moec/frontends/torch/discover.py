@@ -59,7 +59,15 @@ def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[s
             yield name, {_join(name, n) for n in flat}
     members = _equal_members(module)
     if members:
-        yield _owner(name, module), {_join(name, key, n) for key, child in members.items() for n, p in child.named_parameters() if p.dim() == 2}
+        yield (
+            _owner(name, module),
+            {
+                _join(name, key, n)
+                for key, child in members.items()
+                for n, p in child.named_parameters()
+                if p.dim() == 2
+            },
+        )
     if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):
         if len({p.shape for p in own.values()}) == 1:
             yield _owner(name, module), {_join(name, n) for n in own}
@@ -68,11 +76,17 @@ def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[s
 def _owner(name: str, module: nn.Module) -> str:
     """A plain container computes nothing: the module that holds it does."""
     plain = type(module).forward in (nn.Module.forward, *(c.forward for c in _CONTAINERS if hasattr(c, "forward")))
-    return name.rpartition(".")[0] if plain or isinstance(module, (nn.ModuleList, nn.ParameterList)) and _default_forward(module) else name
+    return (
+        name.rpartition(".")[0]
+        if plain or (isinstance(module, (nn.ModuleList, nn.ParameterList)) and _default_forward(module))
+        else name
+    )
 
 
 def _default_forward(module: nn.Module) -> bool:
-    return "forward" not in {k for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") for k in vars(cls)}
+    return "forward" not in {
+        k for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") for k in vars(cls)
+    }
 
 
 def _equal_members(module: nn.Module) -> dict[str, nn.Module]:
@@ -108,7 +122,11 @@ def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:
     }
     holders = _smallest([name for name, found in matrices.items() if _has_pair(found.values())])
     # Square matrices pair with anything, attention's too: they count only where nothing else does.
-    square = [name for name, found in matrices.items() if _all_square(found.values()) and not any(_within(name, h) or _within(h, name) for h in holders)]
+    square = [
+        name
+        for name, found in matrices.items()
+        if _all_square(found.values()) and not any(_within(name, h) or _within(h, name) for h in holders)
+    ]
     chosen = {*holders, *_smallest(square)}
     for name in modules:
         if name in chosen:
@@ -127,7 +145,9 @@ def _smallest(names: list[str]) -> list[str]:
 def _has_pair(matrices: Iterable[torch.Tensor]) -> bool:
     shapes = {tuple(p.shape) for p in matrices}
     # Gate and up may be one matrix of twice the width.
-    return any(a != b and ((b, a) in shapes or (a % 2 == 0 and b != a // 2 and (b, a // 2) in shapes)) for a, b in shapes)
+    return any(
+        a != b and ((b, a) in shapes or (a % 2 == 0 and b != a // 2 and (b, a // 2) in shapes)) for a, b in shapes
+    )
 
 
 def is_widening(matrices: Iterable[torch.Tensor]) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-_MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "forward", "training"})
+_MACHINERY = frozenset(
+    {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "forward", "training"}
+)
 _BUFFER_LIMIT = 1 << 24
 
 
@@ -25,7 +27,9 @@ class Watch:
         self.values: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
         for name, child in module.named_modules():
             attributes = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
-            self.state.append((name, child, attributes, {k: _copied(v) for k, v in attributes.items()}, dict(child._buffers)))
+            self.state.append(
+                (name, child, attributes, {k: _copied(v) for k, v in attributes.items()}, dict(child._buffers))
+            )
             for key, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     copy = buffer.detach().clone() if buffer.numel() <= _BUFFER_LIMIT else None
@@ -43,7 +47,11 @@ class Watch:
             prefix = f"{name}." if name else ""
             found += [f"replaces buffer {prefix + k!r}" for k, v in child._buffers.items() if buffers.get(k) is not v]
             now = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
-            found += [f"sets attribute {prefix + k!r}" for k in now if k not in before or not _equal(now[k], before[k], copies[k])]
+            found += [
+                f"sets attribute {prefix + k!r}"
+                for k in now
+                if k not in before or not _equal(now[k], before[k], copies[k])
+            ]
         return found
 
     def undo(self) -> None:

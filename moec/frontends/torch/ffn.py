@@ -37,7 +37,11 @@ class NotRun(NotLifted):
 def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor]) -> list[Lifted] | None:
     """The FFN layers inside the candidate; None when it holds none. Raises NotLifted when it holds one that cannot be cut, or could not be run."""
     weights = [params[n] for n in sorted(candidate.weights)]
-    widths = list(dict.fromkeys(sorted((n for p in weights for n in p.shape), key=[n for p in weights for n in p.shape].count, reverse=True)))
+    widths = list(
+        dict.fromkeys(
+            sorted((n for p in weights for n in p.shape), key=[n for p in weights for n in p.shape].count, reverse=True)
+        )
+    )
     for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
         try:
             log, _ = driver.observe()
@@ -85,7 +89,9 @@ def _body(log: Log, instance: Instance) -> Body:
     return build_body(log, [instance], [Bank(role, (view,)) for role, view in roles(instance).items()])
 
 
-def _cut(driver: Driver, log: Log, instance: Instance, params: Mapping[str, torch.Tensor], candidate: Candidate) -> Lifted:
+def _cut(
+    driver: Driver, log: Log, instance: Instance, params: Mapping[str, torch.Tensor], candidate: Candidate
+) -> Lifted:
     body = _body(log, instance)
     sites = sorted((s for s in log.sites if s.covers(instance.entries)), key=lambda s: s.end - s.start)
     for site in sites:
@@ -108,7 +114,11 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
         raise NotLifted(f"weights and input are of different dtypes ({dtype})")
     others = {k: v for k, v in bound.items() if k != found.x}
-    shapes = [(2, 3, body.inputs), (3, 5, body.inputs), (1, 7, body.inputs)] if x.dim() == 3 else [(n, body.inputs) for n in (6, 15, 7)]
+    shapes = (
+        [(2, 3, body.inputs), (3, 5, body.inputs), (1, 7, body.inputs)]
+        if x.dim() == 3
+        else [(n, body.inputs) for n in (6, 15, 7)]
+    )
     outs = []
     for shape in shapes:
         args, kwargs = binder.unbind({**others, found.x: random_tokens(shape, dtype, 4, device=x.device)})
@@ -123,7 +133,9 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     def probes() -> Iterator[Probe]:
         for label, rows in inputs(x.dim(), body.inputs, dtype, x.device, counts(site.module, body, 1)):
             args, kwargs = binder.unbind({**others, found.x: rows})
-            yield Probe(label, args, kwargs, lambda rows=rows: body.expert(params, 0, rows.reshape(-1, body.inputs).float()))  # type: ignore[misc]
+            yield Probe(
+                label, args, kwargs, lambda rows=rows: body.expert(params, 0, rows.reshape(-1, body.inputs).float())
+            )  # type: ignore[misc]
 
     replaced = tuple(n for n, _ in site.module.named_modules() if n)
     evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
@@ -146,7 +158,9 @@ def _slice(driver: Driver, body: Body, params: Mapping[str, torch.Tensor], candi
     reasons = []
     for site in sites_of(seen[0])[:3]:
         try:
-            solution = solve_dense(split(seen[0].log, same_site(site, seen[0].log), seen[0].entries), body, params, matched[0].rows)
+            solution = solve_dense(
+                split(seen[0].log, same_site(site, seen[0].log), seen[0].entries), body, params, matched[0].rows
+            )
             if solution is None:
                 raise NotLifted(f"{site.label}: no tensor of the block is the FFN's result")
             evidence = (f"{site.label} sliced around down(act(up(x)))", f"between the layers: {body.activation}")

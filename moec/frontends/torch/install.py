@@ -30,7 +30,16 @@ class FallbackWarning(UserWarning):
 class CompiledMethod:
     """Stands in the instance's `__dict__` under the method's name."""
 
-    def __init__(self, module: torch.nn.Module, method: str, call: Call, build: Build, layer: LayerReport, replaced: tuple[str, ...], strict: bool) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        method: str,
+        call: Call,
+        build: Build,
+        layer: LayerReport,
+        replaced: tuple[str, ...],
+        strict: bool,
+    ) -> None:
         self.module, self.method, self.call, self.build, self.layer = module, method, call, build, layer
         self.replaced, self.strict = replaced, strict
         self.executable: Executable | None = None
@@ -95,7 +104,9 @@ class CompiledMethod:
         if self.strict:
             raise MoecError("MOEC231", f"{name} cannot run compiled: {reason}", hint="strict=True forbids falling back")
         if self.layer.fallbacks == 0:
-            warnings.warn(f"[MOEC231] {name} runs its original code: {reason} (said once)", FallbackWarning, stacklevel=4)
+            warnings.warn(
+                f"[MOEC231] {name} runs its original code: {reason} (said once)", FallbackWarning, stacklevel=4
+            )
         self.layer.fallbacks += 1
         return self.original(*args, **kwargs)
 
@@ -136,17 +147,33 @@ class _Structure:
 
     def restore(self, tensors: Any) -> Any:
         tensors = iter(tensors if isinstance(tensors, tuple) else (tensors,))
-        return tree_unflatten([next(tensors) if t else f for t, f in zip(self.is_tensor, self.fixed, strict=True)], self.spec)
+        return tree_unflatten(
+            [next(tensors) if t else f for t, f in zip(self.is_tensor, self.fixed, strict=True)], self.spec
+        )
 
 
 class _Recompute(torch.autograd.Function):
     """Forward by the compiled layer, backward through the original code run again on the same inputs."""
 
     @staticmethod
-    def forward(ctx: Any, owner: CompiledMethod, leaves: list[Any], spec: Any, places: list[int], shape: _Structure, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        owner: CompiledMethod,
+        leaves: list[Any],
+        spec: Any,
+        places: list[int],
+        shape: _Structure,
+        *tensors: torch.Tensor,
+    ) -> Any:
         args, kwargs = tree_unflatten(leaves, spec)
         outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs))
-        ctx.owner, ctx.leaves, ctx.spec, ctx.places, ctx.shape = owner, [None if i in places else v for i, v in enumerate(leaves)], spec, places, shape
+        ctx.owner, ctx.leaves, ctx.spec, ctx.places, ctx.shape = (
+            owner,
+            [None if i in places else v for i, v in enumerate(leaves)],
+            spec,
+            places,
+            shape,
+        )
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*[t for t in outs if not t.is_floating_point()])
         # An output that is an input itself would lose its history.
@@ -167,8 +194,19 @@ class _Recompute(torch.autograd.Function):
             outs = _Structure().split(ctx.owner.original(*args, **kwargs))
         wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad and g is not None]
-        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted))
-        return (None, None, None, None, None, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])))
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            if pairs
+            else [None] * len(wanted)
+        )
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])),
+        )
 
 
 def install(compiled: CompiledMethod) -> None:

@@ -12,6 +12,7 @@ from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Log, Ref
 from moec.weights import View
 
+
 class NotLifted(Exception):
     """A candidate cannot be lifted; the text says why, for the report."""
 
@@ -78,7 +79,9 @@ def check_instance(log: Log, instance: Instance) -> None:
     rows = log.value(instance.rows, instance.ups[0].entry)
     for up in instance.ups[1:]:
         other = log.value(up.source, up.entry)
-        if up.source != instance.rows and (rows is None or other is None or rows.shape != other.shape or not torch.equal(rows, other)):
+        if up.source != instance.rows and (
+            rows is None or other is None or rows.shape != other.shape or not torch.equal(rows, other)
+        ):
             raise NotLifted("an expert's first layers read different rows")
     if len(instance.ups) > 2:
         raise NotLifted(f"an expert has {len(instance.ups)} first layers")
@@ -104,7 +107,8 @@ class Signature:
         if len(self.leaves) != len(other.leaves):
             return False
         return all(
-            a == b or (type(a) is int and type(b) is int and (a, b) == (self.rows, other.rows)) for a, b in zip(self.leaves, other.leaves, strict=True)
+            a == b or (type(a) is int and type(b) is int and (a, b) == (self.rows, other.rows))
+            for a, b in zip(self.leaves, other.leaves, strict=True)
         )
 
 

@@ -74,7 +74,13 @@ def _folded(log: Log, site: Site, experts: frozenset[int]) -> dict[int, Site]:
     covered = site.start
     for other in log.sites:
         inside = other is not site and site.start <= other.start and other.end <= site.end and other.end > other.start
-        if not inside or other.method != "forward" or other.start < covered or other.module is site.module or _encloses(other, site):
+        if (
+            not inside
+            or other.method != "forward"
+            or other.start < covered
+            or other.module is site.module
+            or _encloses(other, site)
+        ):
             continue
         if any(i in experts for i in range(other.start, other.end)):
             continue

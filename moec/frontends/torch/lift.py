@@ -11,7 +11,21 @@ import torch
 
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body
-from moec.ir import Builder, Combine, Constant, Gather, Glu, Group, GroupedLinear, Linear, Region, ScaleRows, Tensor, Value, Weight
+from moec.ir import (
+    Builder,
+    Combine,
+    Constant,
+    Gather,
+    Glu,
+    Group,
+    GroupedLinear,
+    Linear,
+    Region,
+    ScaleRows,
+    Tensor,
+    Value,
+    Weight,
+)
 from moec.ir.ops_activation import Act
 from moec.weights import View
 
@@ -45,7 +59,9 @@ class _Lifter:
         shape = (len(bank.views), *bank.shape) if grouped else bank.shape
         ref = self.names[role]
         prefix = "b_" if role.startswith("b_") else "w_"
-        return self.builder.add(Weight(ref=ref, type=Tensor.of(self.dtype, *shape)), name=prefix + ref.removeprefix("bias_"))
+        return self.builder.add(
+            Weight(ref=ref, type=Tensor.of(self.dtype, *shape)), name=prefix + ref.removeprefix("bias_")
+        )
 
     def product(self, rows: Value, which: str, offsets: Value | None, name: str) -> Value:
         weight = self.weight(f"w_{which}", offsets is not None)
@@ -69,9 +85,13 @@ class _Lifter:
         elif activation.layout.startswith("pair"):
             second = self.product(rows, "up1", offsets, "h_" + self.names["w_up1"])
             gate, up = (first, second) if activation.layout == "pair" else (second, first)
-            hidden = self.builder.add(Glu(gate, up, up_shift=activation.up_shift, layout="pair", **attributes), name="a")
+            hidden = self.builder.add(
+                Glu(gate, up, up_shift=activation.up_shift, layout="pair", **attributes), name="a"
+            )
         else:
-            hidden = self.builder.add(Glu(first, layout=activation.layout, up_shift=activation.up_shift, **attributes), name="a")
+            hidden = self.builder.add(
+                Glu(first, layout=activation.layout, up_shift=activation.up_shift, **attributes), name="a"
+            )
         return self.product(hidden, "down", offsets, "out")
 
 

@@ -13,7 +13,6 @@ import torch
 from moec.frontends.torch.oplog import Entry, Log, Ref
 from moec.weights import View
 
-
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze"})
 
 
@@ -51,13 +50,20 @@ def _matrix(view: View | None) -> View | None:
 
 def _vector(view: View | None, size: int) -> View | None:
     """A bias operand, possibly broadcast, as [N]."""
-    if view is None or not view.shape or view.shape[-1] != size or any(n != 1 and s != 0 for n, s in zip(view.shape[:-1], view.stride, strict=False)):
+    if (
+        view is None
+        or not view.shape
+        or view.shape[-1] != size
+        or any(n != 1 and s != 0 for n, s in zip(view.shape[:-1], view.stride, strict=False))
+    ):
         return None
     return View(view.param, view.offset, (size,), (view.stride[-1],))
 
 
 def _plain(entry: Entry) -> bool:
-    return not any(k in entry.kwargs for k in ("beta", "alpha", "out_dtype")) and all(isinstance(a, Ref) for a in entry.args)
+    return not any(k in entry.kwargs for k in ("beta", "alpha", "out_dtype")) and all(
+        isinstance(a, Ref) for a in entry.args
+    )
 
 
 class LinearFinder:
@@ -84,9 +90,9 @@ class LinearFinder:
         slots = [a.slot for a in entry.args]
         out = entry.results[0]
         match entry.name, len(slots):
-            case ("mm" | "bmm"), 2:
+            case (("mm" | "bmm"), 2):
                 return self._product(entry, slots[0], slots[1], None, out)
-            case ("addmm" | "baddbmm"), 3:
+            case (("addmm" | "baddbmm"), 3):
                 return self._product(entry, slots[1], slots[2], slots[0], out)
             case "linear", (2 | 3):
                 weight = self.view(slots[1])
@@ -94,7 +100,7 @@ class LinearFinder:
                 if weight is None or len(weight.shape) != 2 or (len(slots) == 3 and bias is None):
                     return None
                 return Linear(entry.index, slots[0], weight, bias, out, entry.index)
-            case ("mv" | "addmv"), (2 | 3):
+            case (("mv" | "addmv"), (2 | 3)):
                 weight = self.view(slots[-2])
                 bias = self.vector(slots[0], weight.shape[0]) if weight and len(slots) == 3 else None
                 if weight is None or (len(slots) == 3 and bias is None):

@@ -73,7 +73,9 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
     return analyse_slice(driver, params, read)
 
 
-def _direct(log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
+def _direct(
+    log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]
+) -> Lifted:
     method = getattr(site.module, site.method)
     binder = Binder(method)
     bound = binder(site.args, site.kwargs)
@@ -86,7 +88,9 @@ def _direct(log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str,
     x = template[roles.x]
     rank, dtype = x.dim(), x.dtype
     if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
-        raise NotLifted(f"weights and input are of different dtypes ({dtype} and {sorted({str(params[n].dtype) for n in body.params})})")
+        raise NotLifted(
+            f"weights and input are of different dtypes ({dtype} and {sorted({str(params[n].dtype) for n in body.params})})"
+        )
     shapes, results = _result_shapes(method, binder, maker, x, roles, body)
     if results[0][1] != dtype:
         raise NotLifted(f"the result is {results[0][1]}, the input {dtype}")
@@ -96,7 +100,14 @@ def _direct(log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str,
     others = {k: v for k, v in bound.items() if k not in roles.tensors}
     call = DirectCall(binder, roles, others, rank, dtype, body.experts, body.inputs, tuple(sizes))  # type: ignore[arg-type]
     weight_dtype = template[roles.weights].dtype if roles.weights else dtype
-    region = lift_moe(site.label or "model", body, slots=roles.slots, dtype=DTYPES[dtype], weight_dtype=DTYPES[weight_dtype], on_input=roles.on_input)
+    region = lift_moe(
+        site.label or "model",
+        body,
+        slots=roles.slots,
+        dtype=DTYPES[dtype],
+        weight_dtype=DTYPES[weight_dtype],
+        on_input=roles.on_input,
+    )
 
     def probes() -> Iterator[Probe]:
         yield from _probes(binder, maker, body, roles, site, rank, dtype, weight_dtype, x.device, params)
@@ -136,7 +147,9 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     return full.body
 
 
-def _result_shapes(method: Any, binder: Binder, maker: Maker, x: torch.Tensor, roles: Roles, body: Body) -> tuple[list[Any], list[Any]]:
+def _result_shapes(
+    method: Any, binder: Binder, maker: Maker, x: torch.Tensor, roles: Roles, body: Body
+) -> tuple[list[Any], list[Any]]:
     """Input shapes and (result shape, dtype) of three calls."""
     shapes, results = [], []
     for dims in ((2, 3), (3, 5), (1, 7)):
@@ -167,7 +180,9 @@ def _probes(
         made = maker(x, experts, weights)
         args, kwargs = binder.unbind(made)
 
-        def judge(x: torch.Tensor = x, experts: torch.Tensor = experts, weights: torch.Tensor = weights) -> torch.Tensor:
+        def judge(
+            x: torch.Tensor = x, experts: torch.Tensor = experts, weights: torch.Tensor = weights
+        ) -> torch.Tensor:
             return body.evaluate(params, x.reshape(-1, body.inputs), experts, weights, on_input=roles.on_input)
 
         yield Probe(f"{label}, {pattern} routing", args, kwargs, judge)

@@ -22,7 +22,9 @@ from moec.frontends.torch.oplog import Log, record
 SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)
 
 
-def tokens(shape: Sequence[int], dtype: torch.dtype, seed: int, *, device: torch.device, mixed: bool = True) -> torch.Tensor:
+def tokens(
+    shape: Sequence[int], dtype: torch.dtype, seed: int, *, device: torch.device, mixed: bool = True
+) -> torch.Tensor:
     """Random rows, each at a scale of its own when `mixed`."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tuple(shape), generator=generator)
@@ -53,7 +55,9 @@ class Driver:
 
     def observe(self) -> tuple[Log, list[str]]:
         """Log of one run, and the effects it had (undone)."""
-        watch = Watch(self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)])
+        watch = Watch(
+            self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)]
+        )
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
         watch.inputs = [(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         try:
@@ -118,9 +122,13 @@ class Drivers:
             yield Driver(made.path, made.module, made.args, made.kwargs, x.shape[-1], x.dim())
         yield seen
 
-    def _made(self, path: str, module: nn.Module, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Driver]:
+    def _made(
+        self, path: str, module: nn.Module, widths: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Driver]:
         required = Binder(module.forward).required
-        if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not required:
+        if type(module).forward is nn.Module.forward or (
+            isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not required
+        ):
             return
         if len(required) > 1:
             self.failures.append(f"{path or 'the model'} needs {', '.join(required)}")
@@ -144,7 +152,11 @@ def _value(log: Log, value: Any, at: int) -> Any:
 
 def raised(error: Exception, module: nn.Module) -> str:
     """The error of a probe with the user's own line it came from."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/moec/" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/moec/" not in f.filename
+    ]
     where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}{where}"

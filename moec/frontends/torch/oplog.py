@@ -33,7 +33,9 @@ class Ref:
     slot: int
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(...)})
+_PLAIN = frozenset(
+    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(...)}
+)
 
 
 def slots(tree: Any) -> tuple[int, ...]:
@@ -152,7 +154,9 @@ class Log:
     def append(self, op: Any, args: Any, kwargs: Any, outs: Any, written: Sequence[torch.Tensor]) -> None:
         index = len(self.entries)
         known = len(self.tensors)
-        entry = Entry(index, op, self.refs(args), self.refs(kwargs), self.refs(outs), tuple(self.slot(t) for t in written))
+        entry = Entry(
+            index, op, self.refs(args), self.refs(kwargs), self.refs(outs), tuple(self.slot(t) for t in written)
+        )
         for slot in entry.results:
             if slot >= known and slot not in entry.reads:
                 self._producer[slot] = index
@@ -179,13 +183,19 @@ class Log:
             return tensor
         moment = len(self.entries) if at is None else at
         flat = next(copy for i, copy in reversed(history) if i < moment)
-        return None if flat is None else flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return (
+            None
+            if flat is None
+            else flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        )
 
     def param_of(self, slot: int) -> str | None:
         """Name of the parameter (or buffer) whose storage the tensor lies in."""
         return self.params.get(self.storages[slot])
 
-    def closure(self, wanted: Sequence[tuple[int, int]], stop: Mapping[int, int] | None = None, start: int = 0) -> set[int]:
+    def closure(
+        self, wanted: Sequence[tuple[int, int]], stop: Mapping[int, int] | None = None, start: int = 0
+    ) -> set[int]:
         """Entries from `start` on that (slot, moment) values depend on.
 
         `stop` maps a slot to the entry after which its value is taken as given: what made it is not looked at, what was
@@ -258,7 +268,9 @@ class _AtenRecorder(TorchDispatchMode):
         written: list[torch.Tensor] = []
         for position, name in _written_arguments(func):
             value = args[position] if position < len(args) else kwargs.get(name)
-            written.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor))
+            written.extend(
+                v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)
+            )
         for tensor in written:
             self.log.before_write(tensor)
         out = func(*args, **kwargs)
@@ -284,14 +296,18 @@ class _HostReadRecorder(TorchFunctionMode):
 class _Recorder:
     """Stands in for one method of one module instance while a run is recorded."""
 
-    def __init__(self, state: _Recording, path: str, name: str, module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    def __init__(
+        self, state: _Recording, path: str, name: str, module: torch.nn.Module, call: Callable[..., Any]
+    ) -> None:
         self.state, self.path, self.name, self.module, self.call = state, path, name, module, call
         # User code may inspect the signature of a method it is about to call.
         functools.update_wrapper(self, call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         log = self.state.log
-        site = Site(self.path, self.name, self.module, log.refs(args), log.refs(kwargs), len(log.entries), self.state.open)
+        site = Site(
+            self.path, self.name, self.module, log.refs(args), log.refs(kwargs), len(log.entries), self.state.open
+        )
         log.sites.append(site)
         self.state.open = site
         try:
@@ -323,7 +339,9 @@ def _methods(module: torch.nn.Module) -> Iterator[str]:
             yield from (n for n in own if not isinstance(vars(cls)[n], (staticmethod, classmethod, type)))
 
 
-def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", method: str = "forward") -> Log:
+def record(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", method: str = "forward"
+) -> Log:
     """Run `module.<method>(*args, **kwargs)` without gradients and return what it did.
 
     Names of sites and parameters are prefixed with `path`. Instance attributes set for the recording are removed again,
@@ -331,7 +349,10 @@ def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     log = Log()
     prefix = f"{path}." if path else ""
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
         log.params.setdefault(tensor.untyped_storage()._cdata, prefix + name)
     state = _Recording(log)
     set_on: list[tuple[torch.nn.Module, str]] = []

@@ -100,7 +100,11 @@ def routing(count: int, slots: int, experts: int, seed: int, pattern: str) -> to
     if pattern == "round robin":
         return (torch.arange(count * slots).reshape(count, slots)) % experts
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(experts, generator=generator)[:slots] for _ in range(count)]) if count else torch.zeros(0, slots).long()
+    return (
+        torch.stack([torch.randperm(experts, generator=generator)[:slots] for _ in range(count)])
+        if count
+        else torch.zeros(0, slots).long()
+    )
 
 
 def special_rows(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -115,13 +119,21 @@ def special_rows(x: torch.Tensor, kind: str) -> torch.Tensor:
     return x
 
 
-def inputs(rank: int, width: int, dtype: torch.dtype, device: torch.device, sizes: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def inputs(
+    rank: int, width: int, dtype: torch.dtype, device: torch.device, sizes: list[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Labelled inputs: every size with mixed scales, then scales and special tokens at one size."""
     for i, count in enumerate(sizes):
-        yield f"{count} tokens, mixed scales", random_tokens(shape_for(rank, count, width), dtype, 10 + i, device=device)
+        yield (
+            f"{count} tokens, mixed scales",
+            random_tokens(shape_for(rank, count, width), dtype, 10 + i, device=device),
+        )
     count = next((n for n in sizes if n >= 5), sizes[-1])
     shape = shape_for(rank, count, width)
     for scale in (0.05, 1.0, 60.0):
-        yield f"{count} tokens at scale {scale}", (random_tokens(shape, torch.float32, 40, device=device, mixed=False) * scale).to(dtype)
+        yield (
+            f"{count} tokens at scale {scale}",
+            (random_tokens(shape, torch.float32, 40, device=device, mixed=False) * scale).to(dtype),
+        )
     for kind in ("zero token", "repeated tokens", "not-a-number token"):
         yield f"{count} tokens, {kind}", special_rows(random_tokens(shape, dtype, 50, device=device), kind)

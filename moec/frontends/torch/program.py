@@ -43,7 +43,9 @@ class Step:
 class Aligned:
     """Slots of several logs of one block, matched to the slots of the first."""
 
-    def __init__(self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], params: Mapping[str, torch.Tensor], prefix: str) -> None:
+    def __init__(
+        self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], params: Mapping[str, torch.Tensor], prefix: str
+    ) -> None:
         self.logs, self.shapes, self.params = logs, shapes, params
         self.prefix = f"{prefix}." if prefix else ""
         self.match: dict[int, tuple[int, ...]] = {}
@@ -57,7 +59,9 @@ class Aligned:
         """One step from the corresponding items of all logs."""
         head = items[0]
         if any(item.name != head.name for item in items):
-            raise NotLifted(f"{head.name} at one shape is {next(i.name for i in items if i.name != head.name)} at another")
+            raise NotLifted(
+                f"{head.name} at one shape is {next(i.name for i in items if i.name != head.name)} at another"
+            )
         arguments = self.tree([item.arguments for item in items], head.name)
         self.tie([item.outputs for item in items])
         outs = tuple(leaf.slot if isinstance(leaf, Ref) else None for leaf in tree_flatten(head.outputs)[0])
@@ -84,7 +88,9 @@ class Aligned:
             raise NotLifted(f"{where} takes arguments of different kinds at different shapes")
         first = values[0]
         if any(v is not first and not _same(v, first) for v in values):
-            raise NotLifted(f"{where} takes {first!r}, {next(v for v in values if not _same(v, first))!r} at two shapes")
+            raise NotLifted(
+                f"{where} takes {first!r}, {next(v for v in values if not _same(v, first))!r} at two shapes"
+            )
         return first
 
     def _tensor(self, same: list[int], where: str) -> Any:
@@ -96,10 +102,18 @@ class Aligned:
         if len(names) == 1 and name is not None and name.startswith(self.prefix) and name in self.params:
             offset = tensor.storage_offset() - self.params[name].storage_offset()
             return Live(name.removeprefix(self.prefix), offset, tuple(tensor.shape), tuple(tensor.stride()))
-        constant = all(log.producer(slot) is None for log, slot in zip(self.logs, same, strict=True)) and tensor.numel() <= 64
-        if names == {None} and constant and all(_equal(log.tensors[s], tensor) for log, s in zip(self.logs, same, strict=True)):
+        constant = (
+            all(log.producer(slot) is None for log, slot in zip(self.logs, same, strict=True)) and tensor.numel() <= 64
+        )
+        if (
+            names == {None}
+            and constant
+            and all(_equal(log.tensors[s], tensor) for log, s in zip(self.logs, same, strict=True))
+        ):
             return tensor.clone()
-        raise NotLifted(f"{where} reads a tensor of shape {tuple(tensor.shape)} that is neither computed from the input nor a parameter")
+        raise NotLifted(
+            f"{where} reads a tensor of shape {tuple(tensor.shape)} that is neither computed from the input nor a parameter"
+        )
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -29,7 +29,9 @@ def check_weights(model: nn.Module, owner: str, names: Iterable[str]) -> None:
         if param.is_meta:
             raise NotLifted(f"weight {name!r} is on the meta device; load the weights before compiling")
         if param.is_quantized or param.dtype not in _FLOATS:
-            raise NotLifted(f"weight {name!r} is {str(param.dtype).removeprefix('torch.')}, already quantised weights are not understood yet")
+            raise NotLifted(
+                f"weight {name!r} is {str(param.dtype).removeprefix('torch.')}, already quantised weights are not understood yet"
+            )
         devices.add(str(param.device))
         if ".parametrizations." in f".{name}":
             raise NotLifted(f"weight {name!r} is parametrized; remove the parametrization before compiling")
@@ -38,13 +40,19 @@ def check_weights(model: nn.Module, owner: str, names: Iterable[str]) -> None:
     module = model.get_submodule(owner)
     for path, child in module.named_modules():
         if parametrize.is_parametrized(child):
-            raise NotLifted(f"{owner}.{path}".strip(".") + " is parametrized; remove the parametrization before compiling")
-        if "quantized" in type(child).__module__ and type(child).__module__.startswith(("torch.ao", "torch.nn.quantized")):
-            raise NotLifted(f"{owner}.{path}".strip(".") + f" is a quantised {type(child).__name__}, which is not understood yet")
+            raise NotLifted(
+                f"{owner}.{path}".strip(".") + " is parametrized; remove the parametrization before compiling"
+            )
+        if "quantized" in type(child).__module__ and type(child).__module__.startswith(
+            ("torch.ao", "torch.nn.quantized")
+        ):
+            raise NotLifted(
+                f"{owner}.{path}".strip(".") + f" is a quantised {type(child).__name__}, which is not understood yet"
+            )
         if path and "forward" in child.__dict__:
             raise NotLifted(f"{owner}.{path}".strip(".") + " has its forward overridden already (by another tool)")
 
 
 def computed_owner(name: str) -> str:
     """The module whose attribute a parametrization stands for."""
-    return name.split(".parametrizations")[0].removesuffix("parametrizations").rstrip(".")
+    return name.split(".parametrizations", maxsplit=1)[0].removesuffix("parametrizations").rstrip(".")

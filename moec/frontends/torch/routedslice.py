@@ -38,7 +38,9 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
             blocks = split(seen[0].log, site, seen[0].entries)
             solution = solve_routed(blocks, body, params)
             if solution is None:
-                raise NotLifted(f"{site.label or 'the model'}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)")
+                raise NotLifted(
+                    f"{site.label or 'the model'}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
+                )
             for other in seen[1:]:
                 same_site(site, other.log)
             evidence = (

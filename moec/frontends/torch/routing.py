@@ -18,13 +18,17 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor | None, torch.Tensor, int, int, int], Routing]
 
 
-def from_indices(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+def from_indices(
+    selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int
+) -> Routing:
     """Expert indices and weights of the same number of slots."""
     assert selector is not None
     return selector.reshape(tokens, slots), weights.reshape(tokens, slots)
 
 
-def from_unit_indices(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+def from_unit_indices(
+    selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int
+) -> Routing:
     """Expert indices alone; every weight is one (`weights` only lends its dtype)."""
     assert selector is not None
     chosen = selector.reshape(tokens, slots)

@@ -39,7 +39,9 @@ class Slice:
         return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
 
 
-def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor], outs: Sequence[int | None]) -> Slice:
+def slice_block(
+    parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor], outs: Sequence[int | None]
+) -> Slice:
     """The slice that holds for all the logs in `parts` (the solution is for the first; `outs` are the tensors the experts end in). Raises NotLifted with the reason."""
     main = parts[0]
     log, site = main.log, main.site
@@ -59,7 +61,10 @@ def slice_block(parts: Sequence[Blocks], found: Solution, params: Mapping[str, t
     aligned = Aligned([p.log for p in parts], dims, params, site.path)
     aligned.tie([(p.site.args, p.site.kwargs) for p in parts])
     first = tuple(aligned.step(_counterparts(parts, item)) for item in before)
-    x, selector, weights = (None if s is None else aligned.tree([Ref(t) for t in _matching(aligned, s)], "experts") for s in (found.x, found.selector, found.weights))
+    x, selector, weights = (
+        None if s is None else aligned.tree([Ref(t) for t in _matching(aligned, s)], "experts")
+        for s in (found.x, found.selector, found.weights)
+    )
     y_slots = _y_slots(parts, aligned, found, outs)
     shapes = [tuple(p.log.tensors[s].shape) for p, s in zip(parts, y_slots, strict=True)]
     aligned.match[found.y] = tuple(y_slots)
@@ -108,17 +113,25 @@ def _check_reads(blocks: Blocks, found: Solution) -> None:
         if entry.op != HOST_READ or entry.index in inside or not entry.reads:
             continue
         behind = log.closure([(entry.reads[0], entry.index)], start=blocks.site.start)
-        touched = {log.storages[s] for i in behind for s in (*log.entries[i].reads, *log.entries[i].results)} | {log.storages[entry.reads[0]]}
+        touched = {log.storages[s] for i in behind for s in (*log.entries[i].reads, *log.entries[i].results)} | {
+            log.storages[entry.reads[0]]
+        }
         if not touched & steering:
             tensor = log.tensors[entry.reads[0]]
-            raise NotLifted(f"the block's code reads a tensor of shape {tuple(tensor.shape)} on the host and may branch on it")
+            raise NotLifted(
+                f"the block's code reads a tensor of shape {tuple(tensor.shape)} on the host and may branch on it"
+            )
 
 
 def _counterparts(parts: Sequence[Blocks], item: Item) -> list[Item]:
     """The item in each log: by position from the front before the experts, from the back after them."""
     main = parts[0]
     position = next((i for i, p in enumerate(main.prefix) if p.start == item.start), None)
-    from_end = None if position is not None else len(main.suffix) - next(i for i, s in enumerate(main.suffix) if s.start == item.start)
+    from_end = (
+        None
+        if position is not None
+        else len(main.suffix) - next(i for i, s in enumerate(main.suffix) if s.start == item.start)
+    )
     same = []
     for part in parts:
         items = part.prefix if position is not None else part.suffix

@@ -67,7 +67,12 @@ def same_site(site: Site, log: Log) -> Site:
 
 
 def slice_at(
-    site: Site, seen: Sequence[Observed], solution: Solution, body: Body, params: Mapping[str, torch.Tensor], evidence: Sequence[str]
+    site: Site,
+    seen: Sequence[Observed],
+    solution: Solution,
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    evidence: Sequence[str],
 ) -> Lifted:
     """The lifted layer that slices `site`; the solution is for the first log."""
     parts = [split(o.log, same_site(site, o.log), [i for i in o.entries]) for o in seen]
@@ -79,12 +84,29 @@ def slice_at(
     if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
         raise NotLifted(f"weights and the experts' input are of different dtypes ({dtype})")
     binder = Binder(getattr(site.module, site.method))
-    call = SlicedCall(binder, sliced, solution.form, solution.num_slots, given.dim(), given.dtype, body.experts, body.inputs, given.shape[-1])
+    call = SlicedCall(
+        binder,
+        sliced,
+        solution.form,
+        solution.num_slots,
+        given.dim(),
+        given.dtype,
+        body.experts,
+        body.inputs,
+        given.shape[-1],
+    )
     routed = solution.form is not None
     weight_dtype = log.tensors[solution.weights].dtype if solution.weights is not None else dtype
     name = site.label or "model"
     if routed:
-        region = lift_moe(name, body, slots=solution.num_slots, dtype=DTYPES[dtype], weight_dtype=DTYPES[weight_dtype], on_input=solution.on_input)
+        region = lift_moe(
+            name,
+            body,
+            slots=solution.num_slots,
+            dtype=DTYPES[dtype],
+            weight_dtype=DTYPES[weight_dtype],
+            on_input=solution.on_input,
+        )
     else:
         region = lift_dense(name, body, dtype=DTYPES[dtype])
 
@@ -105,22 +127,46 @@ def _enclosed(parts: Sequence[Blocks]) -> None:
 def _replaced(blocks: Blocks) -> tuple[str, ...]:
     """Submodules whose calls the slice replaces, relative to the block."""
     prefix = f"{blocks.site.path}." if blocks.site.path else ""
-    inside = [s for s in blocks.log.sites if s.start >= blocks.site.start and s.end <= blocks.site.end and s.end > blocks.first and s.start <= blocks.last]
+    inside = [
+        s
+        for s in blocks.log.sites
+        if s.start >= blocks.site.start and s.end <= blocks.site.end and s.end > blocks.first and s.start <= blocks.last
+    ]
     paths = {s.path.removeprefix(prefix) for s in inside if s.path.startswith(prefix) and s.path != blocks.site.path}
     return tuple(sorted(paths))
 
 
 def _probes(
-    site: Site, call: SlicedCall, body: Body, solution: Solution, params: Mapping[str, torch.Tensor], given: torch.Tensor
+    site: Site,
+    call: SlicedCall,
+    body: Body,
+    solution: Solution,
+    params: Mapping[str, torch.Tensor],
+    given: torch.Tensor,
 ) -> Iterator[Probe]:
     sizes = counts(site.module, body, solution.num_slots)
     for label, x in inputs(given.dim(), given.shape[-1], given.dtype, given.device, sizes):
         bound = {**call.sliced.others, call.sliced.x_name: x}
         args, kwargs = call.binder.unbind(bound)
-        yield Probe(label, args, kwargs, None if given.dtype in (torch.float32, torch.float64) else _judge(site, call, body, solution, params, args, kwargs))
+        yield Probe(
+            label,
+            args,
+            kwargs,
+            None
+            if given.dtype in (torch.float32, torch.float64)
+            else _judge(site, call, body, solution, params, args, kwargs),
+        )
 
 
-def _judge(site: Site, call: SlicedCall, body: Body, solution: Solution, params: Mapping[str, torch.Tensor], args: object, kwargs: object):  # type: ignore[no-untyped-def]
+def _judge(
+    site: Site,
+    call: SlicedCall,
+    body: Body,
+    solution: Solution,
+    params: Mapping[str, torch.Tensor],
+    args: object,
+    kwargs: object,
+):  # type: ignore[no-untyped-def]
     """The block with its experts evaluated in fp32."""
 
     def exact(rows: torch.Tensor, *routing: torch.Tensor) -> tuple[torch.Tensor]:

@@ -53,7 +53,9 @@ def _before(blocks: Blocks) -> list[_Candidate]:
         value = blocks.log.value(slot, blocks.first)
         if value is None or not value.numel() or blocks.log.param_of(slot) is not None:
             continue
-        if not any(value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found):
+        if not any(
+            value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found
+        ):
             found.append(_Candidate(slot, value))
     return found
 
@@ -112,7 +114,9 @@ def _same_values(blocks: Blocks, values: Sequence[torch.Tensor]) -> tuple[int, .
     found = []
     for slot in dict.fromkeys(slot for item in blocks.prefix for slot in item.results):
         held = blocks.log.value(slot, blocks.first)
-        if held is not None and any(held.numel() == v.numel() and torch.equal(held.flatten().double(), v.flatten().double()) for v in values):
+        if held is not None and any(
+            held.numel() == v.numel() and torch.equal(held.flatten().double(), v.flatten().double()) for v in values
+        ):
             found.append(slot)
     return tuple(found)
 
@@ -164,7 +168,9 @@ Routing = tuple[str, "_Candidate | None", "_Candidate | None", int]
 def _routings(candidates: Sequence[_Candidate], x: _Candidate, tokens: int, experts: int) -> Iterator[Routing]:
     """(form, selector, weights, K) that fit by shape and range."""
     pool = [c for c in candidates if c is not x and c.value.numel() and c.value.numel() % tokens == 0]
-    weights = [c for c in pool if c.value.is_floating_point() and c.value.numel() // tokens <= max(_MOST_SLOTS, experts)]
+    weights = [
+        c for c in pool if c.value.is_floating_point() and c.value.numel() // tokens <= max(_MOST_SLOTS, experts)
+    ]
     indices = [c for c in pool if _is_index(c.value, experts) and c.value.numel() // tokens <= _MOST_SLOTS]
     for w in weights:
         for i in indices:
@@ -172,7 +178,12 @@ def _routings(candidates: Sequence[_Candidate], x: _Candidate, tokens: int, expe
                 yield "indices", i, w, i.value.numel() // tokens
     for w in weights:
         for m in pool:
-            fits = m is not w and m.value.dim() > 1 and m.value.shape[-1] == experts and m.value.numel() == w.value.numel() * experts
+            fits = (
+                m is not w
+                and m.value.dim() > 1
+                and m.value.shape[-1] == experts
+                and m.value.numel() == w.value.numel() * experts
+            )
             if fits and bool(((m.value == 0) | (m.value == 1)).all()):
                 yield "mask", m, w, w.value.numel() // tokens
     for i in indices:
@@ -188,7 +199,13 @@ def _is_index(value: torch.Tensor, experts: int) -> bool:
 
 
 def _routing(
-    form: str, selector: _Candidate | None, weights: _Candidate | None, rows: torch.Tensor, tokens: int, experts: int, num_slots: int
+    form: str,
+    selector: _Candidate | None,
+    weights: _Candidate | None,
+    rows: torch.Tensor,
+    tokens: int,
+    experts: int,
+    num_slots: int,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     try:
         given = weights.value if weights is not None else rows

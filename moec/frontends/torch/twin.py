@@ -48,7 +48,9 @@ def make_probe(model: nn.Module) -> nn.Module:
 def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     """The model itself as its own probe: in eval mode and without hooks for a while, all put back at the end."""
     modes = [(m, m.training) for m in model.modules()]
-    hooks = [(table, table.copy()) for m in model.modules() for name in _HOOKS for table in [getattr(m, name, None)] if table]
+    hooks = [
+        (table, table.copy()) for m in model.modules() for name in _HOOKS for table in [getattr(m, name, None)] if table
+    ]
     try:
         for table, _ in hooks:
             table.clear()

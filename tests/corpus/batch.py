@@ -144,6 +144,22 @@ class OtherPathSmall(Gathered):
         return F.linear(F.silu(F.linear(rows, self.w1[e])) * F.linear(rows, self.w3[e]), self.w2[e])
 
 
+DAMPED_FROM = 200
+
+
+def damped(y: Tensor) -> Tensor:
+    """A helper outside of the block that looks at the number of tokens."""
+    return y * 0.5 if y.shape[0] > DAMPED_FROM else y
+
+
+@case("batch.helper_looks_at_length", decoy=_uncapped, decoy_tokens=300)
+class HelperLooksAtLength(LoopStacked):
+    """More than 200 tokens are damped, by a function outside of the class and a constant outside of the function."""
+
+    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return damped(super().mix(x, weights, ids))
+
+
 class OtherFormula(LoopStacked):
     """Another activation for batches of more than `limit` tokens."""
 
@@ -210,7 +226,7 @@ class TopKByLength(OtherFormula):
         return LoopStacked.mix(self, x, weights, ids)
 
 
-@case("batch.call_counter", expect="left alone", stateful=True)
+@case("batch.call_counter", inline_expect="left alone", stateful=True)
 class CallCounter(LoopList):
     """Every third call swaps the two picked experts' weights: a counter decides."""
 

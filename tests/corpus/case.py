@@ -48,6 +48,8 @@ class Case:
     decoy_tokens: int = 33
     decoy_floor: float = 1e-3  # the relative error a careless reading makes at least
     perturb: Callable[[Any], None] | None = None  # a write to the weights after compiling which must be honoured
+    perturb_twin: bool = False  # the write goes to the compiled module, because it is not to a shared tensor
+    inline_expect: Expect | None = None  # with all code inside forward, if not as `expect`
     min_experts: int = 2  # experts that 130 random tokens must hit at least
     outside: Callable[[], Any] | None = None  # reads an effect that leaves the module
     tags: frozenset[str] = field(default_factory=frozenset)

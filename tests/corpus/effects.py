@@ -13,7 +13,7 @@ RANDOM = ("random", "RNG", "rng", "determinis")
 MUTATION = ("input", "in place", "in-place", "mutat")
 
 
-@case("effects.input_scaled_in_place", expect="left alone", mutates_input=True, reason=MUTATION)
+@case("effects.input_scaled_in_place", inline_expect="left alone", mutates_input=True, reason=MUTATION)
 class InputScaledInPlace(LoopList):
     """The caller's tensor is doubled in place before routing, in eval too."""
 
@@ -23,7 +23,7 @@ class InputScaledInPlace(LoopList):
         return out
 
 
-@case("effects.input_becomes_output", expect="left alone", mutates_input=True, reason=MUTATION)
+@case("effects.input_becomes_output", inline_expect="left alone", mutates_input=True, reason=MUTATION)
 class InputBecomesOutput(LoopStacked):
     """The mixture is added into the caller's tensor, which is also what is returned."""
 
@@ -131,6 +131,26 @@ class LastIds(Gathered):
         return weights, ids
 
 
+@case("effects.token_count")
+class TokenCount(LoopList):
+    """The number of tokens of the last call is left in an attribute, for a throughput meter."""
+
+    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        self.last_count = x.shape[0]
+        return super().mix(x, weights, ids)
+
+
+@case("effects.first_call_flag")
+class FirstCallFlag(LoopStacked):
+    """The first call sets a flag that a class attribute announced with the same value."""
+
+    warmed_up = False
+
+    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        self.warmed_up = False
+        return super().mix(x, weights, ids)
+
+
 class Losses:
     """A loss collector that lives outside of any module."""
 
@@ -147,7 +167,7 @@ class GlobalList(LoopList):
         return weights, ids
 
 
-@case("effects.rng_in_eval", expect="left alone", random=True, reason=RANDOM)
+@case("effects.rng_in_eval", inline_expect="left alone", random=True, reason=RANDOM)
 class RngInEval(LoopList):
     """Noise on the logits in eval too."""
 

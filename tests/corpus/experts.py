@@ -128,7 +128,7 @@ class DeadOtherActivation(GeluExperts):
             self.router.bias[7] = 1.0
 
 
-@case("experts.identity")
+@case("experts.identity", others=7, unseen=True)
 class IdentityExpert(LoopList):
     """The last expert is nn.Identity."""
 

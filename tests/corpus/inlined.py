@@ -43,6 +43,7 @@ def inlined(case: Case) -> Case | None:
         return None
     why = f"as {case.name}, with everything inside forward"
     expect = "either" if case.expect == "compiled" and not case.name.startswith(CORE) else case.expect
+    expect = case.inline_expect or expect
     return replace(case, name=f"inline.{case.name}", why=why, build=build, expect=expect)
 
 

@@ -15,7 +15,7 @@ from tests.corpus.experts import GeluExperts
 RANDOM = ("random", "RNG", "rng", "determinis")
 
 
-@case("near.random_selection", expect="left alone", random=True, reason=RANDOM, decoy=naive)
+@case("near.random_selection", inline_expect="left alone", random=True, reason=RANDOM, decoy=naive)
 class RandomSelection(LoopList):
     """Experts drawn by multinomial, in eval too."""
 
@@ -25,7 +25,7 @@ class RandomSelection(LoopList):
         return probability.gather(1, ids), ids
 
 
-@case("near.gumbel", expect="left alone", random=True, reason=RANDOM, decoy=naive)
+@case("near.gumbel", inline_expect="left alone", random=True, reason=RANDOM, decoy=naive)
 class Gumbel(Sorted):
     """Gumbel noise on the logits, in eval too."""
 
@@ -215,6 +215,30 @@ class ValueBranch(LoopList):
         weights, ids = super().route(x)
         if x.abs().max() > 100:
             weights = torch.full_like(weights, 0.5)
+        return weights, ids
+
+
+@case("near.load_branch")
+class LoadBranch(LoopList):
+    """A Python branch on the routing: when one expert gets more than 40 slots, everything is damped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.dim)
+        weights, ids = self.route(rows)
+        y = self.mix(rows, weights, ids)
+        if torch.bincount(ids.flatten()).max() > 40:
+            y = y * 0.5
+        return y.view_as(x)
+
+
+@case("near.confidence_branch")
+class ConfidenceBranch(LoopStacked):
+    """A Python branch on the weights: when no token is unsure, they are rounded to halves."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        if weights.amax(-1).min() > 0.9:
+            weights = (weights * 2).round() / 2
         return weights, ids
 
 

@@ -54,6 +54,8 @@ for size, arguments in TINY.items():
             build=build,
             dim=arguments.get("dim", 16),
             min_experts=min(2, arguments.get("experts", 8)),
+            others=1,
+            unseen=arguments.get("experts") == 1,
         )
         CASES.add(tiny)
 

@@ -241,6 +241,31 @@ class DoubleRouter(LoopList):
         return (weights / weights.sum(-1, keepdim=True)).to(x.dtype), ids
 
 
+@case("selection.plain_attribute", perturb=lambda m: m.swap(), perturb_twin=True)
+class PlainAttributeBias(LoopList):
+    """The selection's bias is a plain tensor attribute, neither parameter nor buffer, rewritten after compiling."""
+
+    def build_router(self) -> None:
+        super().build_router()
+        self.plain_bias = torch.linspace(-0.4, 0.4, self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        probability = self.router(x).softmax(-1)
+        ids = (probability + self.plain_bias).topk(self.top_k).indices
+        return probability.gather(1, ids), ids
+
+    def swap(self) -> None:
+        self.plain_bias.neg_()
+
+
+@case("selection.replaced_attribute", perturb=lambda m: m.replace_bias(), perturb_twin=True)
+class ReplacedAttributeBias(PlainAttributeBias):
+    """As above, and the attribute is bound to a new tensor."""
+
+    def replace_bias(self) -> None:
+        self.plain_bias = -self.plain_bias
+
+
 @case("selection.null_expert")
 class NullExpert(LoopList):
     """The router has one class more than there are experts: who picks it adds nothing for that slot."""

@@ -97,7 +97,7 @@ def facts(name: str, with_inputs: bool) -> Facts:
     if not case.stateful:
         seen.original = same(case, original, case.make(), "the original afterwards")
     if case.perturb is not None:
-        case.perturb(original)
+        case.perturb(compiled if case.perturb_twin else original)
         case.perturb(reference)
         seen.outputs += [text for text in [same(case, compiled, reference, "after new weights", bar=2e-6)] if text]
     return seen

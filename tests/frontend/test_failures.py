@@ -75,7 +75,9 @@ def test_an_error_in_the_users_code(share: float, runs: Any, monkeypatch: Any) -
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["twin", "inplace"])
-@pytest.mark.parametrize("name", ["near.random_selection", "experts.batch_mean", "effects.input_scaled_in_place"])
+@pytest.mark.parametrize(
+    "name", ["inline.near.random_selection", "experts.batch_mean", "inline.effects.input_scaled_in_place"]
+)
 def test_strict_turns_left_alone_into_an_error(name: str, inplace: bool) -> None:
     model = CASES[name].make()
     before = state(model)

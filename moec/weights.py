@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moec.errors import MoecError
 
@@ -33,6 +33,37 @@ class _Layout:
     stride: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Home:
+    """How to reach one parameter: each module on the way must still be the one that was compiled."""
+
+    steps: tuple[tuple[dict[str, Any], str, Any], ...]
+    owner: Any
+    leaf: str
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, name: str) -> _Home:
+        *path, leaf = name.split(".")
+        steps, owner = [], module
+        for part in path:
+            child = owner._modules.get(part)
+            if child is None:
+                raise MoecError("MOEC230", f"the module has no weight {name!r}", hint="call moec.refresh(model)")
+            steps.append((owner._modules, part, child))
+            owner = child
+        return cls(tuple(steps), owner, leaf)
+
+    def read(self) -> torch.Tensor | None:
+        """The live tensor; None when a module on the way was replaced, or the tensor is gone."""
+        for table, key, expected in self.steps:
+            if table.get(key) is not expected:
+                return None
+        found = self.owner._parameters.get(self.leaf)
+        if found is None:
+            found = self.owner._buffers.get(self.leaf)
+        return found  # type: ignore[no-any-return]
+
+
 class WeightStore:
     """Named weights of one region as views of `module`'s parameters.
 
@@ -44,30 +75,22 @@ class WeightStore:
         self.module = module
         self.views = dict(views)
         names = sorted({view.param for entry in self.views.values() for view in _as_tuple(entry)})
-        self._paths = {name: tuple(name.split(".")) for name in names}
+        self._homes = {name: _Home.of(module, name) for name in names}
         self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
         self._even = {name: _even_step(entry) for name, entry in self.views.items() if isinstance(entry, tuple)}
 
     @property
     def params(self) -> tuple[str, ...]:
         """Names of the parameters the views lie in, relative to `module`."""
-        return tuple(self._paths)
+        return tuple(self._homes)
 
     def param(self, name: str) -> torch.Tensor:
         """The live parameter (or buffer) called `name`."""
-        *path, leaf = self._paths[name]
-        module = self.module
-        try:
-            for part in path:
-                module = module._modules[part]  # type: ignore[assignment]
-            found = module._parameters.get(leaf)
-            found = module._buffers[leaf] if found is None else found
-        except (KeyError, AttributeError):
-            found = None
+        found = self._homes[name].read()
         if found is None:
             raise MoecError(
                 "MOEC230",
-                f"weight {name!r} is gone from the module",
+                f"weight {name!r} is not in the module that was compiled",
                 hint="call moec.refresh(model) after replacing modules",
             )
         return found
@@ -115,12 +138,12 @@ class WeightStore:
 
     def version(self) -> Hashable:
         """Changes when a parameter is replaced, moved, cast or written in place; `p.data` writes are not seen."""
-        return tuple((id(p), p.data_ptr(), p._version, p.dtype) for p in map(self.param, self._paths))
+        return tuple((id(p), p.data_ptr(), p._version, p.dtype) for p in map(self.param, self._homes))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters the views lie in."""
-        return sum(p.numel() * p.element_size() for p in map(self.param, self._paths))
+        return sum(p.numel() * p.element_size() for p in map(self.param, self._homes))
 
 
 class _LazyExperts(Sequence["torch.Tensor"]):

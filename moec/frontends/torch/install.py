@@ -20,6 +20,9 @@ from moec.frontends.torch.calls import Call, Executable
 from moec.frontends.torch.routing import Unusual
 from moec.report import LayerReport
 
+# Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.
+_GLOBAL_HOOKS: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+
 Build = Callable[[torch.nn.Module], Executable]
 
 
@@ -89,6 +92,8 @@ class CompiledMethod:
             return "autocast is on"
         if any(self._hooks):
             return "a submodule that the compiled layer replaces has hooks"
+        if self.replaced and _GLOBAL_HOOKS():
+            return "hooks on all modules are registered, and the layer replaces submodules"
         return None
 
     def _hook_tables(self) -> tuple[dict[int, Any], ...]:

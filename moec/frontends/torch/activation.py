@@ -1,7 +1,8 @@
 """Naming the activation between an expert's layers, by values on separating inputs.
 
-The recorded entries between the layers are run again on synthetic hidden values of mixed scales (0.05 to 60), in fp32 where they allow it:
-at unit scale a clamp at 7 vanishes and gelu passes for gelu_tanh. A name is given only when every value agrees.
+The recorded entries between the layers are run again on synthetic hidden values of mixed scales (0.05 to 60), in fp32
+where they allow it: at unit scale a clamp at 7 vanishes and gelu passes for gelu_tanh. A name is given only when every
+value agrees.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def name_activation(
 ) -> Activation | None:
     """The activation that `ask` computes on hidden vectors of the given widths, or None.
 
-    `ask` maps one vector per up-projection ([N] each) to the hidden vector [F] the down-projection reads. `tolerance` is relative, per element.
+    `ask` maps one vector per up-projection ([N] each) to the hidden vector [F] the down-projection reads. `tolerance`
+    is relative, per element.
     """
     if len(widths) == 2:
         layouts: list[str | None] = ["pair", "pair_up_first"]

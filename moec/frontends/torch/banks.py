@@ -1,7 +1,7 @@
 """Banks: each weight of the expert body for all experts, completed from the parameters' geometry.
 
-A probe reaches some experts; the banks hold all of them, so that none is left out. Whether an expert that was not reached
-computes the same is checked by forcing every expert to run.
+A probe reaches some experts; the banks hold all of them, so that none is left out. Whether an expert that was not
+reached computes the same is checked by forcing every expert to run.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def _listed(
     for key in keys:
         other = params[full[key]]
         if other.shape != first.shape or other.stride() != first.stride() or other.dtype != first.dtype:
-            raise NotLifted(
-                f"experts differ in width: {full[key]!r} is {tuple(other.shape)}, {views[0].param!r} is {tuple(first.shape)}"
-            )
+            here, there = f"{full[key]!r} is {tuple(other.shape)}", f"{views[0].param!r} is {tuple(first.shape)}"
+            raise NotLifted(f"experts differ in width: {here}, {there}")
     if len({params[full[key]].data_ptr() for key in keys}) < len(keys):
         raise NotLifted("experts share their parameters")
     if {v.param for v in views} - set(full.values()):

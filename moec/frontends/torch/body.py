@@ -1,8 +1,8 @@
-"""The expert body as a formula, y_t = sum_k w[t, k] * f_{e[t, k]}(x_t), and its evaluation straight from the user's parameters.
+"""The expert body as a formula, y_t = sum_k w[t, k] * f_{e[t, k]}(x_t), and its value from the user's own parameters.
 
-T tokens, K experts per token, E experts, C inputs, N outputs of an expert. The evaluation is the front end's own, apart from every back
-end: it decides which tensors of a log are x, e and w, and it is the fp32 judge of 16-bit layers. One expert's weights are
-widened at a time.
+T tokens, K experts per token, E experts, C inputs, N outputs of an expert. The evaluation is the front end's own, apart
+from every back end: it decides which tensors of a log are x, e and w, and it is the fp32 judge of 16-bit layers. One
+expert's weights are widened at a time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Body:
         on_input: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """x [T, C], experts [T, K] (E means none), weights [T, K] -> [T, N] in `dtype`; `on_input` applies the weights to x instead."""
+        """x [T, C], experts [T, K] (E means none), weights [T, K] -> [T, N] in `dtype`.
+
+        `on_input` applies the weights to x instead of to the experts' results.
+        """
         x, weights = x.to(dtype), weights.to(dtype)
         out = torch.zeros(x.shape[0], self.outputs, dtype=dtype, device=x.device)
         for expert in torch.unique(experts).tolist():

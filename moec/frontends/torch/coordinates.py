@@ -1,7 +1,7 @@
-"""Which parameter element stands where in an operand that was gathered, stacked, permuted or reshaped from expert weights.
+"""Which parameter element stands where in an operand that was gathered, stacked or permuted from expert weights.
 
-The data movement is run again on element numbers instead of weights, and the numbers are read off. Nothing is assumed about how the
-user's code lays out a batched product.
+The data movement is run again on element numbers instead of weights, and the numbers are read off. Nothing is assumed
+about how the user's code lays out a batched product.
 
 E experts, N outputs, C inputs.
 """
@@ -57,7 +57,7 @@ _LARGEST = 1 << 26
 
 
 def moved_from(log: Log, slot: int, at: int, weights: Mapping[str, torch.Tensor]) -> set[int] | None:
-    """Entries that move parameter elements into the slot; None when anything but movement of parameters in `weights` made it."""
+    """Entries that move elements of `weights` into the slot; None when anything else had a part in it."""
     entries: set[int] = set()
     todo = [slot]
     leaves = 0

@@ -1,4 +1,4 @@
-"""The lowest cut: a call that is nothing but y = sum_k w_k f_{e_k}(x), so that its arguments are x, experts and weights.
+"""The lowest cut: a call that is nothing but y = sum_k w_k f_{e_k}(x), its arguments being x, experts and weights.
 
 T tokens, K experts per token, E experts. Which argument is which is decided by value.
 """

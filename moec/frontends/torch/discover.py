@@ -1,6 +1,7 @@
-"""Candidates by the geometry of their parameters alone: stacks [E, .., ..], lists of equal modules, flat packs, and pairs of FFN matrices.
+"""Candidates by the geometry of their parameters alone.
 
-Being a candidate means being looked at; what a module computes is decided by running it.
+Stacks [E, .., ..], lists of equal modules, flat packs, and pairs of FFN matrices. Being a candidate means being looked
+at; what a module computes is decided by running it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MOST_MATRICES = 4
 
 @dataclass
 class Candidate:
-    """A module to look at: `name` is its path, `weights` the full names of the parameters that may be experts' (or the FFN's)."""
+    """A module to look at: its path, and the full names of the parameters that may be experts' (or the FFN's)."""
 
     name: str
     kind: Literal["moe", "ffn"]
@@ -151,7 +152,7 @@ def _has_pair(matrices: Iterable[torch.Tensor]) -> bool:
 
 
 def is_widening(matrices: Iterable[torch.Tensor]) -> bool:
-    """A pair whose hidden width is above the model's: an FFN's, while a narrower one is often attention's low-rank pair."""
+    """A pair whose hidden width is above the model's: an FFN's. A narrower one is often attention's low-rank pair."""
     shapes = {tuple(p.shape) for p in matrices}
     return any(a > b and ((b, a) in shapes or (b, a // 2) in shapes) for a, b in shapes)
 

@@ -1,10 +1,11 @@
-"""Analysis of plain FFN layers: an up-projection (or gate and up), an activation with a name, a down-projection back to the width.
+"""Analysis of plain FFN layers: an up-projection (or gate and up), an activation with a name, a down-projection.
 
 T tokens, D width, F hidden width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -35,13 +36,13 @@ class NotRun(NotLifted):
 
 
 def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor]) -> list[Lifted] | None:
-    """The FFN layers inside the candidate; None when it holds none. Raises NotLifted when it holds one that cannot be cut, or could not be run."""
+    """The FFN layers inside the candidate; None when it holds none.
+
+    Raises NotLifted when it holds one that cannot be cut, NotRun when it could not be run.
+    """
     weights = [params[n] for n in sorted(candidate.weights)]
-    widths = list(
-        dict.fromkeys(
-            sorted((n for p in weights for n in p.shape), key=[n for p in weights for n in p.shape].count, reverse=True)
-        )
-    )
+    sides = Counter(n for p in weights for n in p.shape)
+    widths = [n for n, _ in sides.most_common()]
     for driver in drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device):
         try:
             log, _ = driver.observe()

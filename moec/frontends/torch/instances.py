@@ -13,13 +13,13 @@ from moec.frontends.torch.oplog import Log, Ref
 from moec.weights import View
 
 
-class NotLifted(Exception):
+class NotLifted(Exception):  # noqa: N818 - no error: most candidates are no MoE
     """A candidate cannot be lifted; the text says why, for the report."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One expert's computation: `ups` read rows, `down` reads the hidden values, `middle` are the entries between them."""
+    """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between."""
 
     ups: tuple[Linear, ...]
     down: Linear | None
@@ -97,7 +97,10 @@ def check_instance(log: Log, instance: Instance) -> None:
 
 @dataclass(frozen=True)
 class Signature:
-    """What an instance computes, apart from the weights it reads. An argument equal to its number of rows may stand for that."""
+    """What an instance computes, apart from the weights it reads.
+
+    An argument equal to its number of rows may stand for that number.
+    """
 
     rows: int
     leaves: tuple[Any, ...]

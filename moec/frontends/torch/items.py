@@ -1,7 +1,7 @@
-"""A block's log as a sequence of items around the experts: single entries, and whole calls of submodules that stay calls.
+"""A block's log as items around the experts: single entries, and whole calls of submodules that stay calls.
 
-The *prefix* ends where the first expert computes, the *suffix* begins after the last one has. Both run the same items whatever the
-shape and the routing, so two logs of one block are aligned from the front and from the back.
+The *prefix* ends where the first expert computes, the *suffix* begins after the last one has. Both run the same items
+whatever the shape and the routing, so two logs of one block are aligned from the front and from the back.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ def _items(log: Log, folded: dict[int, Site], start: int, end: int) -> Iterator[
 
 
 def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int] | None) -> list[Item] | None:
-    """Items that the wanted (slot, moment) values need, taking slot y[0] as given after entry y[1]; None when one lies among the experts."""
+    """Items that the wanted (slot, moment) values need, taking slot y[0] as given after entry y[1].
+
+    None when one of them lies among the experts.
+    """
     log = blocks.log
     by_entry = {i: item for item in blocks.items for i in range(item.start, item.end)}
     kept: dict[int, Item] = {}

@@ -76,7 +76,11 @@ class _Lifter:
         activation = self.body.activation
         if activation is None:
             return self.product(rows, "up0", offsets, "projected")
-        attributes: dict[str, Any] = dict(fn=activation.fn, limit=activation.limit, clamp_after=activation.clamp_after)
+        attributes: dict[str, Any] = {
+            "fn": activation.fn,
+            "limit": activation.limit,
+            "clamp_after": activation.clamp_after,
+        }
         if activation.alpha is not None:
             attributes["alpha"] = activation.alpha
         first = self.product(rows, "up0", offsets, {"up0": "h"}.get(self.names["w_up0"], "h_" + self.names["w_up0"]))
@@ -96,7 +100,10 @@ class _Lifter:
 
 
 def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtype: str, on_input: bool) -> Region:
-    """Region with inputs x [T, D], experts i32 [T, K], weights [T, K] and one output [T, O]. `slots` is K, a letter when it varies."""
+    """Region with inputs x [T, D], experts i32 [T, K], weights [T, K] and one output [T, O].
+
+    `slots` is K, a letter when it varies.
+    """
     lifter = _Lifter(name, body, dtype)
     b = lifter.builder
     x = b.input("x", Tensor.of(dtype, "T", body.inputs))

@@ -111,8 +111,9 @@ class Aligned:
             and all(_equal(log.tensors[s], tensor) for log, s in zip(self.logs, same, strict=True))
         ):
             return tensor.clone()
+        shape = tuple(tensor.shape)
         raise NotLifted(
-            f"{where} reads a tensor of shape {tuple(tensor.shape)} that is neither computed from the input nor a parameter"
+            f"{where} reads a tensor of shape {shape} that is neither computed from the input nor a parameter"
         )
 
 

@@ -29,9 +29,8 @@ def check_weights(model: nn.Module, owner: str, names: Iterable[str]) -> None:
         if param.is_meta:
             raise NotLifted(f"weight {name!r} is on the meta device; load the weights before compiling")
         if param.is_quantized or param.dtype not in _FLOATS:
-            raise NotLifted(
-                f"weight {name!r} is {str(param.dtype).removeprefix('torch.')}, already quantised weights are not understood yet"
-            )
+            dtype = str(param.dtype).removeprefix("torch.")
+            raise NotLifted(f"weight {name!r} is {dtype}, already quantised weights are not understood yet")
         devices.add(str(param.device))
         if ".parametrizations." in f".{name}":
             raise NotLifted(f"weight {name!r} is parametrized; remove the parametrization before compiling")

@@ -1,4 +1,4 @@
-"""Run a part of a log again, with some of its tensors replaced: how a recorded computation is asked what it computes."""
+"""Run a part of a log again with some of its tensors replaced: how recorded code is asked what it computes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from moec.frontends.torch.oplog import HOST_READ, Log, Ref
 
 
 def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], wanted: int) -> torch.Tensor:
-    """Value of slot `wanted` after re-running `entries` in order; slots in `given` have the given values, all others the recorded ones.
+    """Value of slot `wanted` after re-running `entries` in order.
 
-    Raises what the ops raise: a recorded shape may not fit a given value.
+    Slots in `given` have the given values, all others the recorded ones. Raises what the ops raise: a recorded shape
+    may not fit a given value.
     """
     env: dict[int, torch.Tensor] = dict(given)
     with torch.no_grad():
@@ -23,7 +24,7 @@ def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], 
             if entry.op == HOST_READ:
                 continue
 
-            def read(leaf: Any, at: int = index) -> Any:
+            def read(leaf: Any, at: int = index, writes: tuple[int, ...] = entry.writes) -> Any:
                 if not isinstance(leaf, Ref):
                     return leaf
                 if leaf.slot in env:
@@ -32,7 +33,7 @@ def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], 
                 if value is None:
                     raise ValueError("a recorded value was too large to keep")
                 # The recorded tensor itself must survive an in-place op of the replay.
-                env[leaf.slot] = value.clone() if leaf.slot in entry.writes else value
+                env[leaf.slot] = value.clone() if leaf.slot in writes else value
                 return env[leaf.slot]
 
             out = entry.op(*tree_map(read, entry.args), **tree_map(read, entry.kwargs))

@@ -1,6 +1,7 @@
 """The ways user code tells its experts which tokens they get, brought to one: experts [T, K] and weights [T, K].
 
-An expert index E means "no expert": the slot contributes nothing. A call with another number of slots than K is unusual.
+An expert index E means "no expert": the slot contributes nothing. A call with another number of slots than K is
+unusual.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 
-class Unusual(ValueError):
+class Unusual(ValueError):  # noqa: N818 - no error: the original serves such a call
     """The call's values are outside what was verified; the original code must serve it."""
 
 

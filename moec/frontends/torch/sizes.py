@@ -1,6 +1,7 @@
 """Integers that differ between runs of different shapes must be size expressions of the input; anything else refuses.
 
-A recorded integer that takes the value v_i in run i is accepted as a constant, or as `scale * product of input sizes + shift`.
+A recorded integer that takes the value v_i in run i is accepted as a constant, or as `scale * product of input sizes`,
+or as `product of input sizes + shift`.
 """
 
 from __future__ import annotations

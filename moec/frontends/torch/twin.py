@@ -19,7 +19,10 @@ _HOOKS = (
 
 
 def make_twin(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are the model's own objects. MoecError (MOEC210) when the model cannot be copied."""
+    """A deep copy whose parameters and buffers are the model's own objects.
+
+    Raises MoecError (MOEC210) when the model cannot be copied.
+    """
     shared = {id(t): t for t in _tensors(model)}
     try:
         return copy.deepcopy(model, shared)
@@ -69,7 +72,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def closures_over(model: nn.Module) -> list[str]:
-    """Names of modules with hooks that hold on to the original model's modules: on a twin they still act on the original."""
+    """Names of modules with hooks that hold on to the original model's modules: on a twin they act on the original."""
     own = {id(m) for m in model.modules()}
     found = []
     for name, module in model.named_modules():

@@ -57,6 +57,9 @@ def test_keyboard_interrupt(name: str, inplace: bool, share: float, runs: Any, m
     agree(model, reference, tokens(name), bar=0.0)
 
 
+REFUSED = ["inline.near.random_selection", "experts.batch_mean", "inline.effects.input_scaled_in_place"]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.95])
 def test_an_error_in_the_users_code(share: float, runs: Any, monkeypatch: Any) -> None:
     """Raised once, in the middle of probing: left alone with the user's words, or tried again; never a crash."""
@@ -75,9 +78,7 @@ def test_an_error_in_the_users_code(share: float, runs: Any, monkeypatch: Any) -
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["twin", "inplace"])
-@pytest.mark.parametrize(
-    "name", ["inline.near.random_selection", "experts.batch_mean", "inline.effects.input_scaled_in_place"]
-)
+@pytest.mark.parametrize("name", REFUSED)
 def test_strict_turns_left_alone_into_an_error(name: str, inplace: bool) -> None:
     model = CASES[name].make()
     before = state(model)

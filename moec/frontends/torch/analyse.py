@@ -16,7 +16,7 @@ from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.moe import analyse_moe
 from moec.frontends.torch.observe import Drivers, raised
-from moec.frontends.torch.refuse import check_weights, computed_owner
+from moec.frontends.torch.refuse import check_weights, computed_owner, is_lazy, unreadable
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Analysis:
 
 def candidates(model: nn.Module) -> list[Candidate]:
     """Everything that will be looked at, if every MoE candidate is one."""
+    if is_lazy(model):
+        return []
     moes = discover_moe(model)
     return [*moes, *discover_ffn(model, set().union(*(c.weights for c in moes)))]
 
@@ -63,6 +65,9 @@ def analyse(
                 "MOEC211", f"the model does not run on example_inputs: {raised(error, model)}",
                 hint="example_inputs is a tuple of positional or a dict of keyword arguments of the model's forward",
             ) from error  # fmt: skip
+    found.refused += [Refused(name, "ffn", reason) for name, reason in unreadable(model)]
+    if is_lazy(model):
+        return found
     taken: set[str] = set()
     for candidate in discover_moe(model):
         progress(candidate.name)

@@ -14,7 +14,7 @@ import torch
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.program import Runner
-from moec.frontends.torch.routing import FORMS, Unusual
+from moec.frontends.torch.routing import FORMS, NoTokens, Unusual
 from moec.frontends.torch.sizes import Size
 from moec.frontends.torch.sliced import Slice
 
@@ -38,6 +38,8 @@ def _check(x: Any, rank: int, dtype: torch.dtype, width: int) -> torch.Tensor:
         raise Unusual(f"the input is {x.dtype}, the layer was compiled for {dtype}")
     if x.shape[-1] != width:
         raise Unusual(f"the input is {x.shape[-1]} wide, not {width}")
+    if not x.numel():
+        raise NoTokens("there are no tokens")
     return x
 
 

@@ -49,6 +49,8 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _CONTAINERS):
+        return  # torch's own layers hold kernels and projections, no experts
     own = {n: p for n, p in module._parameters.items() if p is not None}
     leading = Counter(p.shape[0] for p in own.values() if p.dim() == 3 and p.shape[0] > 1)
     if leading:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.calls import Call, Executable
-from moec.frontends.torch.routing import Unusual
+from moec.frontends.torch.routing import NoTokens, Unusual
 from moec.report import LayerReport
 
 # Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.
@@ -78,6 +78,8 @@ class CompiledMethod:
                 with torch.no_grad():
                     return self.call(self.module, executable, args, kwargs)
             return self.call(self.module, executable, args, kwargs)
+        except NoTokens:
+            return self.original(*args, **kwargs)
         except Unusual as unusual:
             return self._fall_back(str(unusual), args, kwargs)
         except MoecError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -50,6 +50,26 @@ def check_weights(model: nn.Module, owner: str, names: Iterable[str]) -> None:
             )
         if path and "forward" in child.__dict__:
             raise NotLifted(f"{owner}.{path}".strip(".") + " has its forward overridden already (by another tool)")
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Some parameter has no shape yet, so that not even candidates can be looked for."""
+    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters())
+
+
+def unreadable(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(module, why) for modules whose weights cannot even be looked at."""
+    for name, module in model.named_modules():
+        lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, nn.parameter.UninitializedParameter)]
+        if lazy:
+            yield name, f"weight {lazy[0]!r} is lazy and not initialised yet; run the model once before compiling"
+        elif _is_quantised(module):
+            yield name, f"it is a quantised {type(module).__name__}, which is not understood yet"
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return "quantized" in home and home.startswith("torch.")
 
 
 def computed_owner(name: str) -> str:

@@ -15,6 +15,10 @@ class Unusual(ValueError):  # noqa: N818 - no error: the original serves such a 
     """The call's values are outside what was verified; the original code must serve it."""
 
 
+class NoTokens(Unusual):
+    """The call has no tokens: nothing to gain, and the original knows what an empty call means."""
+
+
 Routing = tuple[torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor | None, torch.Tensor, int, int, int], Routing]
 

@@ -32,6 +32,9 @@ class Handle:
 
     def __init__(self, report: Report, options: Options, example: Example) -> None:
         self.report, self.options, self.example = report, options, example
+        # The parameters shared with the original, to notice when load_state_dict(assign=True) replaces them.
+        self.shared: dict[str, int] = {}
+        self.watch: Any = None
 
     def __repr__(self) -> str:
         return f"<moec: {len(self.report.compiled)} of {len(self.report.layers)} layers compiled>"
@@ -52,11 +55,12 @@ class Handle:
 def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:
     """Compile the MoE and FFN layers of `model` and return a twin of it that shares all its tensors.
 
-    `example_inputs` is a tuple of positional or a dict of keyword arguments of the model's forward; without it, probes are made from the
-    parameters' sizes. Options are the fields of moec.Options. The result has the class of the model, and `.moec.report`.
+    `example_inputs` is a tuple of positional or a dict of keyword arguments of the model's forward; without it, probes
+    are made from the parameters' sizes. Options are the fields of moec.Options. The result has the class of the model,
+    and `.moec.report`.
 
-    Raises MoecError: MOEC501-503 for options, MOEC209 for what is no module, MOEC210 for a module that cannot be copied (pass
-    inplace=True), MOEC211 when the model does not run on example_inputs, MOEC220/221 under strict.
+    Raises MoecError: MOEC501-503 for options, MOEC209 for what is no module, MOEC210 for a module that cannot be copied
+    (pass inplace=True), MOEC211 when the model does not run on example_inputs, MOEC220/221 under strict.
     """
     chosen = Options.make(**options)
     model = _module(model)
@@ -80,7 +84,10 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     report.notes += _sharing_notes(model, target)
     for method in methods:
         install(method)
-    target.__dict__["moec"] = Handle(report, chosen, example_inputs)
+    handle = target.__dict__["moec"] = Handle(report, chosen, example_inputs)
+    if target is not model:
+        handle.shared = {name: id(p) for name, p in target.named_parameters()}
+        handle.watch = target.register_load_state_dict_post_hook(_note_assignment)
     report.measurer = _measurer(weakref.ref(target), example_inputs, report)
     if chosen.measure:
         report.measure()
@@ -105,12 +112,29 @@ def restore(model: nn.Module) -> nn.Module:
     """Give every compiled layer of `model` its original forward back; returns the model."""
     for method in installed(_module(model)):
         uninstall(method)
-    model.__dict__.pop("moec", None)
+    handle = model.__dict__.pop("moec", None)
+    if isinstance(handle, Handle) and handle.watch is not None:
+        handle.watch.remove()
     return model
 
 
+def _note_assignment(model: nn.Module, _: Any) -> None:
+    """After load_state_dict: with assign=True the twin has parameters of its own from now on."""
+    handle = model.__dict__.get("moec")
+    if not isinstance(handle, Handle):
+        return
+    own = [name for name, p in model.named_parameters() if handle.shared.get(name, id(p)) != id(p)]
+    if own:
+        count = f"{len(own)} parameters, {own[0]!r} first" if len(own) > 1 else repr(own[0])
+        handle.report.notes.append(f"load_state_dict(assign=True) ended the sharing with the original: {count}")
+        handle.shared = {name: id(p) for name, p in model.named_parameters()}
+
+
 def refresh(model: nn.Module) -> nn.Module:
-    """Read weights again that were written behind our back; after a change of dtype, device or modules, compile again in place."""
+    """Read weights again that were written behind our back; returns the model.
+
+    After a change of dtype, device or modules it is compiled again in place. Raises MOEC212 for a model not compiled.
+    """
     handle = _module(model).__dict__.get("moec")
     methods = installed(model)
     if not isinstance(handle, Handle):

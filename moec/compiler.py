@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from moec.backendbase import Executable, load_backend
-from moec.errors import MoecError
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.lifted import Lifted
 from moec.ir import Region
@@ -21,10 +20,6 @@ from moec.verify import Probe, Verdict, bar_for, compare_results, verify_layer
 from moec.weights import WeightStore
 
 _LOW = (torch.float16, torch.bfloat16)
-
-
-class VerificationFailed(MoecError):
-    """A layer's rewrite differs from the original."""
 
 
 @dataclass(frozen=True)

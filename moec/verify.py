@@ -1,7 +1,8 @@
 """Does the rewrite compute what the original computes? Errors, bars, and the check of one layer over its probes.
 
-Error is ||a - b||_2 / ||b||_2 over the output in fp32, and beside it max|a - b| / max|b|. Both must be within the bar: 2e-6 in fp32 (5e-6
-where a reduction is longer than 4,096). In 16 bits the error against an fp32 evaluation may be at most 1.5 times the original's own.
+Error is ||a - b||_2 / ||b||_2 over the output in fp32, and beside it max|a - b| / max|b|. Both must be within the bar:
+2e-6 in fp32 (5e-6 where a reduction is longer than 4,096). In 16 bits the error against an fp32 evaluation may be at
+most 1.5 times the original's own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LOW_PRECISION_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far `mine` is from `theirs`: relative L2, relative maximum, and what is wrong beyond numbers ("" if nothing)."""
+    """How far `mine` is from `theirs`: relative L2, relative maximum, and what is wrong beyond numbers, if anything."""
 
     l2: float
     largest: float
@@ -124,9 +125,10 @@ def verify_layer(
     bar: float,
     low_precision: torch.dtype | None = None,
 ) -> Verdict:
-    """Run both on each probe. `low_precision` is the layer's 16-bit dtype, judged against fp32 where the probe has a judge.
+    """Run both on each probe, up to the first that fails.
 
-    Stops at the first probe that fails. What `compiled` raises is a failure; what `original` raises must be raised too.
+    `low_precision` is the layer's 16-bit dtype, judged against fp32 where the probe has a judge. What `compiled` raises
+    is a failure; a probe that `original` refuses says nothing.
     """
     verdict = Verdict(bar=bar)
     for probe in probes:
@@ -165,9 +167,11 @@ def _judge_low_precision(verdict: Verdict, probe: Probe, mine: Any, theirs: Any,
     if probe.judge is None:
         # Two roundings of one value are apart by at most the sum of their errors.
         verdict.bar = limit
-        return _judge(verdict, probe, apart)
+        _judge(verdict, probe, apart)
+        return
     if apart.mismatch and "finite" not in apart.mismatch:
-        return _judge(verdict, probe, apart)
+        _judge(verdict, probe, apart)
+        return
     exact = probe.judge()
     outputs = [_first_tensor(result, exact) for result in (mine, theirs)]
     finite = torch.isfinite(exact) & torch.isfinite(outputs[1].float())

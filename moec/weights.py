@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """A strided view of one parameter: `offset`, `shape` and `stride` in elements, relative to the parameter's own storage offset."""
+    """A strided view of one parameter, in elements; `offset` counts from the parameter's own storage offset."""
 
     param: str
     offset: int
@@ -67,8 +67,9 @@ class _Home:
 class WeightStore:
     """Named weights of one region as views of `module`'s parameters.
 
-    `views[name]` is one `View` (a dense weight) or a tuple of them (one per expert). Parameters are looked up by name on each read, so
-    `load_state_dict`, `.to()` and replaced parameters are seen at once. A parameter whose shape or strides changed raises MOEC230.
+    `views[name]` is one `View` (a dense weight) or a tuple of them (one per expert). Parameters are looked up by name
+    on each read, so `load_state_dict`, `.to()` and replaced parameters are seen at once. A parameter whose shape or
+    strides changed, or whose module was replaced, raises MOEC230.
     """
 
     def __init__(self, module: torch.nn.Module, views: Mapping[str, View | tuple[View, ...]]) -> None:
@@ -98,9 +99,10 @@ class WeightStore:
     def _live(self, name: str) -> torch.Tensor:
         tensor, layout = self.param(name), self._layouts[name]
         if tuple(tensor.shape) != layout.shape or tensor.stride() != layout.stride:
+            was, now = (layout.shape, layout.stride), (tuple(tensor.shape), tensor.stride())
             raise MoecError(
                 "MOEC230",
-                f"weight {name!r} changed from shape {layout.shape}, strides {layout.stride} to {tuple(tensor.shape)}, {tensor.stride()}",
+                f"weight {name!r} changed from shape {was[0]}, strides {was[1]} to {now[0]}, {now[1]}",
                 hint="call moec.refresh(model) after changing the layout of parameters",
             )
         return tensor

@@ -107,7 +107,7 @@ def _read_operand(
     tensor, name = log.tensors[operand], log.param_of(operand)
     if name is not None and tensor.dim() == 3 and tensor.shape[0] == weights[name].shape[0]:
         # A view of the whole stack: its strides say it all, however large it is.
-        base = tensor.storage_offset() - weights[name].storage_offset()
+        base = int(tensor.storage_offset() - weights[name].storage_offset())
         inputs, outputs = (Line.even(0, tensor.stride(axis), tensor.shape[axis]) for axis in (contraction, free))
         shape, stride = (outputs.length, inputs.length), (outputs.step, inputs.step)
         bank = tuple(View(name, base + e * tensor.stride(0), shape, stride) for e in range(tensor.shape[0]))

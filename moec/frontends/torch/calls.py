@@ -24,11 +24,16 @@ Executable = Callable[..., tuple[torch.Tensor, ...]]
 class Call(Protocol):
     """Runs one verified cut."""
 
-    dtype: torch.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the input it was verified with."""
+        ...
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any: ...
+    ) -> Any:
+        """The original method's result, its experts computed by the executable. Raises Unusual for other inputs."""
+        ...
 
 
 def _check(x: Any, rank: int, dtype: torch.dtype, width: int) -> torch.Tensor:

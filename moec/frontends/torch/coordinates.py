@@ -101,8 +101,8 @@ def number(log: Log, slot: int, entries: set[int], params: Mapping[str, torch.Te
     for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
         tensor, param = log.tensors[leaf], params[name]
         numbers = torch.arange(param.untyped_storage().nbytes() // param.element_size())
-        start = tensor.storage_offset()
-        codes = numbers.as_strided(tensor.shape, tensor.stride(), start) - param.storage_offset()
+        start, base = int(tensor.storage_offset()), int(param.storage_offset())
+        codes = numbers.as_strided(tensor.shape, tensor.stride(), start) - base
         given[leaf] = codes + (i << _SHIFT)
     codes = replay(log, entries, given, slot) if entries else given[slot]
     return Operand(names, codes >> _SHIFT, codes & ((1 << _SHIFT) - 1))

@@ -132,7 +132,7 @@ def _routed(
 
 
 def _others_unread(log: Log, site: Site, roles: Roles) -> bool:
-    """Tensor arguments without a role must not be read inside, and values must not steer the call from outside its indices."""
+    """Tensor arguments without a role must not be read inside."""
     binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
     spare = {v.slot for n, v in bound.items() if isinstance(v, Ref) and n not in roles.tensors}

@@ -71,7 +71,7 @@ def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[s
                 if p.dim() == 2
             },
         )
-    if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):
+    if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):  # noqa: SIM102
         if len({p.shape for p in own.values()}) == 1:
             yield _owner(name, module), {_join(name, n) for n in own}
 
@@ -117,7 +117,7 @@ def _without_stacks_of_layers(moes: dict[str, Candidate]) -> Iterator[Candidate]
 
 
 def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:
-    """Smallest modules that hold a matrix [F, D] and one [D, F] among the parameters that are not `taken` (experts')."""
+    """Smallest modules with a matrix [F, D] and one [D, F] among the parameters that are not `taken` by experts."""
     modules = dict(model.named_modules())
     matrices = {
         name: {_join(name, n): p for n, p in module.named_parameters() if p.dim() == 2 and _join(name, n) not in taken}

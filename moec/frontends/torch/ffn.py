@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from moec.frontends.torch.direct import Roles, fit_roles, steering_reads
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
 from moec.frontends.torch.items import split
-from moec.frontends.torch.lift import DTYPES, lift_dense, weight_views
+from moec.frontends.torch.lift import common_dtype, lift_dense, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import Linear, LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
@@ -112,8 +113,7 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     bound = binder(site.args, site.kwargs)
     x = log.tensors[bound[found.x].slot]
     dtype = x.dtype
-    if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
-        raise NotLifted(f"weights and input are of different dtypes ({dtype})")
+    region = lift_dense(site.label or "model", body, dtype=common_dtype(body, params, dtype))
     others = {k: v for k, v in bound.items() if k != found.x}
     shapes = (
         [(2, 3, body.inputs), (3, 5, body.inputs), (1, 7, body.inputs)]
@@ -129,20 +129,23 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     if any(s is None for s in sizes):
         raise NotLifted("the result's shape does not follow from the input's")
     call = DirectCall(binder, found, others, x.dim(), dtype, 1, body.inputs, tuple(sizes))  # type: ignore[arg-type]
-    region = lift_dense(site.label or "model", body, dtype=DTYPES[dtype])
 
     def probes() -> Iterator[Probe]:
         for label, rows in inputs(x.dim(), body.inputs, dtype, x.device, counts(site.module, body, 1)):
             args, kwargs = binder.unbind({**others, found.x: rows})
-            yield Probe(
-                label, args, kwargs, lambda rows=rows: body.expert(params, 0, rows.reshape(-1, body.inputs).float())
-            )  # type: ignore[misc]
+            yield Probe(label, args, kwargs, partial(_exact, body, params, rows))
 
     replaced = tuple(n for n, _ in site.module.named_modules() if n)
     evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
+    views = weight_views(body, site.path, dense=True)
     return Lifted(
-        site.path, "ffn", "ffn", site.module, site.method, call, body, region, weight_views(body, site.path, dense=True), replaced, evidence, probes, dtype
-    )  # fmt: skip
+        site.path, "ffn", "ffn", site.module, site.method, call, body, region, views, replaced, evidence, probes, dtype
+    )
+
+
+def _exact(body: Body, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """The FFN in fp32."""
+    return body.expert(params, 0, rows.reshape(-1, body.inputs).float())
 
 
 def _slice(driver: Driver, body: Body, params: Mapping[str, torch.Tensor], candidate: Candidate) -> Lifted:

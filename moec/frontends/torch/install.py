@@ -1,8 +1,8 @@
 """Putting a compiled layer into a live model: an override of one method on one module instance, with guards.
 
-The override serves eval mode. In training mode, under autocast, when the input's dtype or layout is not the verified one, or when a submodule
-that it replaces has got hooks, the original method runs instead; that is counted, warned of once with a code, and an error
-under strict. Gradients in eval mode are the original's: the backward pass runs the original again.
+The override serves eval mode. In training mode, under autocast, when the input's dtype or rank is not the verified one,
+or when a submodule that it replaces has got hooks, the original method runs instead; that is counted, warned of once
+with a code, and an error under strict. Gradients in eval mode are the original's: backward runs the original again.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class CompiledMethod:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         params = [p for p in self.module.parameters() if p.requires_grad]
         shape = _Structure()
-        outs = _Recompute.apply(self, leaves, spec, places, shape, *[leaves[i] for i in places], *params)
+        tensors = [leaves[i] for i in places]
+        outs = _Recompute.apply(self, leaves, spec, places, shape, *tensors, *params)  # type: ignore[no-untyped-call]
         return shape.restore(outs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledMethod:
@@ -174,13 +175,8 @@ class _Recompute(torch.autograd.Function):
     ) -> Any:
         args, kwargs = tree_unflatten(leaves, spec)
         outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs))
-        ctx.owner, ctx.leaves, ctx.spec, ctx.places, ctx.shape = (
-            owner,
-            [None if i in places else v for i, v in enumerate(leaves)],
-            spec,
-            places,
-            shape,
-        )
+        ctx.owner, ctx.spec, ctx.places = owner, spec, places
+        ctx.leaves = [None if i in places else v for i, v in enumerate(leaves)]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*[t for t in outs if not t.is_floating_point()])
         # An output that is an input itself would lose its history.
@@ -206,18 +202,12 @@ class _Recompute(torch.autograd.Function):
             if pairs
             else [None] * len(wanted)
         )
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])),
-        )
+        # owner, leaves, spec, places and shape take no gradient.
+        return (*[None] * 5, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])))
 
 
 def install(compiled: CompiledMethod) -> None:
-    """Override the method on the instance; one dict assignment, so an interrupt leaves the module either as it was or compiled."""
+    """Override the method on the instance: one dict assignment, so an interrupt leaves no half-compiled module."""
     compiled.module.__dict__[compiled.method] = compiled
 
 

@@ -5,12 +5,14 @@ T tokens, K experts per token, E experts, D inputs of an expert, F its hidden wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.instances import NotLifted
 from moec.ir import (
     Builder,
     Combine,
@@ -30,6 +32,14 @@ from moec.ir.ops_activation import Act
 from moec.weights import View
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def common_dtype(body: Body, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:
+    """The IR's name of `dtype`; raises NotLifted when the body's weights have another, or the IR has no such dtype."""
+    found = {params[name].dtype for name in body.params}
+    if dtype not in DTYPES or found != {dtype}:
+        raise NotLifted(f"weights and input are of different dtypes: {', '.join(sorted(map(str, found)))} and {dtype}")
+    return DTYPES[dtype]
 
 
 def weight_names(body: Body) -> dict[str, str]:

@@ -34,7 +34,7 @@ def view_of(log: Log, slot: int, layouts: dict[str, torch.Tensor]) -> View | Non
     if name is None or name not in layouts:
         return None
     tensor = log.tensors[slot]
-    offset = tensor.storage_offset() - layouts[name].storage_offset()
+    offset = int(tensor.storage_offset() - layouts[name].storage_offset())
     return View(name, offset, tuple(tensor.shape), tuple(tensor.stride()))
 
 

@@ -6,7 +6,7 @@ T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -19,7 +19,7 @@ from moec.frontends.torch.direct import Roles, fit_roles, steering_reads, tensor
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted, find_instances
-from moec.frontends.torch.lift import DTYPES, lift_moe, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
@@ -27,7 +27,7 @@ from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site, record
 from moec.frontends.torch.probing import Maker, counts, inputs, routing, shape_for
 from moec.frontends.torch.routedslice import Reading, analyse_slice
-from moec.frontends.torch.sizes import solve
+from moec.frontends.torch.sizes import Size, solve
 from moec.verify import Probe
 
 
@@ -76,51 +76,57 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
 def _direct(
     log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]
 ) -> Lifted:
-    method = getattr(site.module, site.method)
-    binder = Binder(method)
+    binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
-    template = {**bound, **tensors_of(log, bound, site.start)}
     steered = steering_reads(log, site, bound[roles.x].slot)
     if steered:
         raise NotLifted(steered)
-    maker = Maker(roles, template, body)
+    maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
     body = _every_expert(site, maker, body, read)
-    x = template[roles.x]
-    rank, dtype = x.dim(), x.dtype
-    if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
-        raise NotLifted(
-            f"weights and input are of different dtypes ({dtype} and {sorted({str(params[n].dtype) for n in body.params})})"
-        )
-    shapes, results = _result_shapes(method, binder, maker, x, roles, body)
-    if results[0][1] != dtype:
-        raise NotLifted(f"the result is {results[0][1]}, the input {dtype}")
-    sizes = [solve([r[0][i] for r in results], shapes) for i in range(len(results[0][0]))]
-    if any(s is None for s in sizes):
-        raise NotLifted("the result's shape does not follow from the input's")
-    others = {k: v for k, v in bound.items() if k not in roles.tensors}
-    call = DirectCall(binder, roles, others, rank, dtype, body.experts, body.inputs, tuple(sizes))  # type: ignore[arg-type]
-    weight_dtype = template[roles.weights].dtype if roles.weights else dtype
-    region = lift_moe(
-        site.label or "model",
-        body,
-        slots=roles.slots,
-        dtype=DTYPES[dtype],
-        weight_dtype=DTYPES[weight_dtype],
-        on_input=roles.on_input,
+    x = maker.template[roles.x]
+    dtype = common_dtype(body, params, x.dtype)
+    call = DirectCall(
+        binder=binder,
+        roles=roles,
+        others={k: v for k, v in bound.items() if k not in roles.tensors},
+        rank=x.dim(),
+        dtype=x.dtype,
+        experts=body.experts,
+        inputs=body.inputs,
+        out_shape=_result_shape(site, binder, maker, x, roles, body),
+    )
+    weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
+    return Lifted(
+        name=site.path,
+        kind="moe",
+        cut="submodule",
+        module=site.module,
+        method=site.method,
+        call=call,
+        body=body,
+        region=lift_moe(
+            site.label or "model",
+            body,
+            slots=roles.slots,
+            dtype=dtype,
+            weight_dtype=DTYPES[weight_dtype],
+            on_input=roles.on_input,
+        ),
+        views=weight_views(body, site.path, dense=False),
+        replaced=tuple(n for n, _ in site.module.named_modules() if n),
+        evidence=_evidence(site, roles, body),
+        probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
+        dtype=x.dtype,
     )
 
-    def probes() -> Iterator[Probe]:
-        yield from _probes(binder, maker, body, roles, site, rank, dtype, weight_dtype, x.device, params)
 
-    replaced = tuple(n for n, _ in site.module.named_modules() if n)
-    evidence = (
-        f"{site.label}({roles.x}, {roles.selector or '-'}, {roles.weights or '-'}) is y = sum of w * f(x), routing given as {roles.form}",
+def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:
+    given = ", ".join((roles.x, roles.selector or "-", roles.weights or "-"))
+    return (
+        f"{site.label}({given}) is y = sum of w * f(x), routing given as {roles.form}",
         f"{body.experts} experts, all of them run and unified; {roles.slots} per token",
         f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
     )
-    return Lifted(
-        site.path, "moe", "submodule", site.module, site.method, call, body, region, weight_views(body, site.path, dense=False), replaced, evidence, probes, dtype
-    )  # fmt: skip
 
 
 def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading]) -> Body:
@@ -147,10 +153,11 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     return full.body
 
 
-def _result_shapes(
-    method: Any, binder: Binder, maker: Maker, x: torch.Tensor, roles: Roles, body: Body
-) -> tuple[list[Any], list[Any]]:
-    """Input shapes and (result shape, dtype) of three calls."""
+def _result_shape(
+    site: Site, binder: Binder, maker: Maker, x: torch.Tensor, roles: Roles, body: Body
+) -> tuple[int | Size, ...]:
+    """The result's shape as expressions of the input's sizes, from three calls."""
+    method = getattr(site.module, site.method)
     shapes, results = [], []
     for dims in ((2, 3), (3, 5), (1, 7)):
         shape = (*dims, body.inputs) if x.dim() == 3 else (dims[0] * dims[1], body.inputs)
@@ -159,17 +166,28 @@ def _result_shapes(
         args, kwargs = binder.unbind(maker(rows, experts, torch.rand(experts.shape, device=x.device)))
         with torch.no_grad():
             out = method(*args, **kwargs)
+        if out.dtype != x.dtype:
+            raise NotLifted(f"the result is {out.dtype}, the input {x.dtype}")
         shapes.append(tuple(rows.shape))
-        results.append((tuple(out.shape), out.dtype))
-    return shapes, results
+        results.append(tuple(out.shape))
+    sizes = [solve([r[i] for r in results], shapes) for i in range(len(results[0]))]
+    if any(s is None for s in sizes):
+        raise NotLifted("the result's shape does not follow from the input's")
+    return tuple(s for s in sizes if s is not None)
 
 
 def _probes(
-    binder: Binder, maker: Maker, body: Body, roles: Roles, site: Site, rank: int, dtype: torch.dtype, weight_dtype: torch.dtype,
-    device: torch.device, params: Mapping[str, torch.Tensor],
-) -> Iterator[Probe]:  # fmt: skip
-    sizes = counts(site.module, body, roles.slots)
-    for i, (label, x) in enumerate(inputs(rank, body.inputs, dtype, device, sizes)):
+    site: Site,
+    binder: Binder,
+    maker: Maker,
+    body: Body,
+    roles: Roles,
+    like: torch.Tensor,
+    weight_dtype: torch.dtype,
+    params: Mapping[str, torch.Tensor],
+) -> Iterator[Probe]:
+    sizes, device = counts(site.module, body, roles.slots), like.device
+    for i, (label, x) in enumerate(inputs(like.dim(), body.inputs, like.dtype, device, sizes)):
         count = x.numel() // body.inputs
         pattern = ("random", "one expert", "round robin")[i % 3]
         experts = routing(count, roles.slots, body.experts, i, pattern).to(device)

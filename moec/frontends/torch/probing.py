@@ -1,7 +1,7 @@
-"""Adversarial inputs for one cut: few and many tokens, small and huge scales, zero, repeated and not-a-number tokens, skewed routing.
+"""Adversarial inputs for one cut: few and many tokens, small and huge scales, special tokens, skewed routing.
 
-T tokens, K experts per token, E experts. Sizes named by the module itself (its integer attributes and the constants of its code) are probed
-on both sides, because code that branches on the number of tokens names the number.
+T tokens, K experts per token, E experts. Sizes named by the module itself (its integer attributes and the constants of
+its code) are probed on both sides, because code that branches on the number of tokens names the number.
 """
 
 from __future__ import annotations

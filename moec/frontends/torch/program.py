@@ -100,7 +100,7 @@ class Aligned:
         tensor = self.logs[0].tensors[same[0]]
         name = next(iter(names))
         if len(names) == 1 and name is not None and name.startswith(self.prefix) and name in self.params:
-            offset = tensor.storage_offset() - self.params[name].storage_offset()
+            offset = int(tensor.storage_offset() - self.params[name].storage_offset())
             return Live(name.removeprefix(self.prefix), offset, tuple(tensor.shape), tuple(tensor.stride()))
         constant = (
             all(log.producer(slot) is None for log, slot in zip(self.logs, same, strict=True)) and tensor.numel() <= 64

@@ -14,7 +14,7 @@ from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log
-from moec.frontends.torch.sliceit import SHAPES, Observed, _input, same_site, sites_of, slice_at
+from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
 from moec.frontends.torch.solve import solve_routed
 
 _TRIES = 6
@@ -34,17 +34,18 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
     seen, body = _observe(driver, read)
     reasons = []
     for site in sites_of(seen[0])[:4]:
+        name = site.label or "the model"
         try:
             blocks = split(seen[0].log, site, seen[0].entries)
             solution = solve_routed(blocks, body, params)
             if solution is None:
                 raise NotLifted(
-                    f"{site.label or 'the model'}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
+                    f"{name}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
                 )
             for other in seen[1:]:
                 same_site(site, other.log)
             evidence = (
-                f"{site.label or 'the model'} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
+                f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
                 f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
                 f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
             )
@@ -56,7 +57,7 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
 
 def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], Body]:
     """Logs at several shapes, and the body unified over them once every expert has run."""
-    x = _input(driver)
+    x = single_input(driver)
     seen: list[Observed] = []
     reached: set[object] = set()
     body: Body | None = None

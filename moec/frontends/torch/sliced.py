@@ -1,4 +1,4 @@
-"""The sliced cut: a block's own operations up to x, experts and weights, the lifted experts, and its own operations from y on."""
+"""The sliced cut: a block's own operations up to x, experts and weights, the experts, and its own from y on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moec.frontends.torch.solve import Solution
 
 @dataclass(frozen=True)
 class Slice:
-    """`before` runs, then the experts on x, selector and weights give y, then `after` runs; `result` is what the block returns."""
+    """`before` runs, the experts on x, selector and weights give y, `after` runs; the block returns `result`."""
 
     x_name: str
     others: Mapping[str, Any]
@@ -42,7 +42,10 @@ class Slice:
 def slice_block(
     parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor], outs: Sequence[int | None]
 ) -> Slice:
-    """The slice that holds for all the logs in `parts` (the solution is for the first; `outs` are the tensors the experts end in). Raises NotLifted with the reason."""
+    """The slice that holds for all the logs in `parts`. Raises NotLifted with the reason.
+
+    The solution is for the first log; `outs` are the tensors the experts end in.
+    """
     main = parts[0]
     log, site = main.log, main.site
     name, dims = _single_input(parts)
@@ -72,10 +75,8 @@ def slice_block(
     result = aligned.tree([p.site.result for p in parts], "the block's result")
     bound = Binder(getattr(site.module, site.method))(site.args, site.kwargs)
     others = {k: v for k, v in bound.items() if k != name}
-    return Slice(
-        name, others, first, second, x, selector, weights, found.y, tuple(aligned.tree(shapes, "y")), log.tensors[found.y].dtype,
-        bound[name].slot, result,
-    )  # fmt: skip
+    y_shape, y_dtype = tuple(aligned.tree(shapes, "y")), log.tensors[found.y].dtype
+    return Slice(name, others, first, second, x, selector, weights, found.y, y_shape, y_dtype, bound[name].slot, result)
 
 
 def _matching(aligned: Aligned, slot: int) -> tuple[int, ...]:

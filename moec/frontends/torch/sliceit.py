@@ -1,12 +1,14 @@
-"""Analysis of a block as a slice: observe it at several shapes until every expert has run, solve, slice, and make it callable.
+"""Analysis of a block as a slice: observe it at several shapes, slice around its experts, make that callable.
 
 B sequences, S positions, T = B * S tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten
@@ -16,14 +18,15 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, split
-from moec.frontends.torch.lift import DTYPES, lift_dense, lift_moe, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log, Ref, Site
+from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import counts, inputs
 from moec.frontends.torch.sliced import slice_block
 from moec.frontends.torch.solve import Solution
+from moec.ir import Region
 from moec.verify import Probe
 
 SHAPES = ((2, 20), (3, 7), (5, 4), (1, 11))
@@ -40,13 +43,14 @@ class Observed:
 
 def observe_shapes(driver: Driver) -> Iterator[tuple[Log, list[str]]]:
     """Logs of the driver at several shapes of its one input."""
-    x = _input(driver)
+    x = single_input(driver)
     for i, (batch, length) in enumerate(SHAPES):
         shape = (batch, length, x.shape[-1]) if x.dim() == 3 else (batch * length, x.shape[-1])
         yield driver.with_input(random_tokens(shape, x.dtype, 20 + i, device=x.device)).observe()
 
 
-def _input(driver: Driver) -> torch.Tensor:
+def single_input(driver: Driver) -> torch.Tensor:
+    """The one float tensor among the driver's arguments; raises NotLifted when there is another number of them."""
     found = [v for v in tree_flatten((driver.args, driver.kwargs))[0] if isinstance(v, torch.Tensor)]
     if len(found) != 1 or found[0].dim() not in (2, 3) or not found[0].is_floating_point():
         raise NotLifted("a block is sliced when it takes one tensor [T, D] or [B, S, D]")
@@ -75,48 +79,48 @@ def slice_at(
     evidence: Sequence[str],
 ) -> Lifted:
     """The lifted layer that slices `site`; the solution is for the first log."""
-    parts = [split(o.log, same_site(site, o.log), [i for i in o.entries]) for o in seen]
+    parts = [split(o.log, same_site(site, o.log), o.entries) for o in seen]
     _enclosed(parts)
     sliced = slice_block(parts, solution, params, [o.out for o in seen])
     log = seen[0].log
-    x_value, given = log.tensors[solution.x], log.tensors[sliced.input_slot]
-    dtype = x_value.dtype
-    if dtype not in DTYPES or any(params[n].dtype != dtype for n in body.params):
-        raise NotLifted(f"weights and the experts' input are of different dtypes ({dtype})")
-    binder = Binder(getattr(site.module, site.method))
+    given = log.tensors[sliced.input_slot]
     call = SlicedCall(
-        binder,
-        sliced,
-        solution.form,
-        solution.num_slots,
-        given.dim(),
-        given.dtype,
-        body.experts,
-        body.inputs,
-        given.shape[-1],
+        binder=Binder(getattr(site.module, site.method)),
+        sliced=sliced,
+        form=solution.form,
+        num_slots=solution.num_slots,
+        rank=given.dim(),
+        dtype=given.dtype,
+        experts=body.experts,
+        inputs=body.inputs,
+        width=given.shape[-1],
     )
-    routed = solution.form is not None
-    weight_dtype = log.tensors[solution.weights].dtype if solution.weights is not None else dtype
-    name = site.label or "model"
-    if routed:
-        region = lift_moe(
-            name,
-            body,
-            slots=solution.num_slots,
-            dtype=DTYPES[dtype],
-            weight_dtype=DTYPES[weight_dtype],
-            on_input=solution.on_input,
-        )
-    else:
-        region = lift_dense(name, body, dtype=DTYPES[dtype])
-
-    def probes() -> Iterator[Probe]:
-        yield from _probes(site, call, body, solution, params, given)
-
     return Lifted(
-        site.path, "moe" if routed else "ffn", "slice", site.module, site.method, call, body, region,
-        weight_views(body, site.path, dense=not routed), _replaced(parts[0]), tuple(evidence), probes, dtype, sliced.text,
-    )  # fmt: skip
+        name=site.path,
+        kind="ffn" if solution.form is None else "moe",
+        cut="slice",
+        module=site.module,
+        method=site.method,
+        call=call,
+        body=body,
+        region=_region(site.label or "model", log, solution, body, params),
+        views=weight_views(body, site.path, dense=solution.form is None),
+        replaced=_replaced(parts[0]),
+        evidence=tuple(evidence),
+        probes=partial(_probes, site, call, body, solution, params, given),
+        dtype=log.tensors[solution.x].dtype,
+        host=sliced.text,
+    )
+
+
+def _region(name: str, log: Log, solution: Solution, body: Body, params: Mapping[str, torch.Tensor]) -> Region:
+    dtype = common_dtype(body, params, log.tensors[solution.x].dtype)
+    if solution.form is None:
+        return lift_dense(name, body, dtype=dtype)
+    weight_dtype = dtype if solution.weights is None else DTYPES[log.tensors[solution.weights].dtype]
+    return lift_moe(
+        name, body, slots=solution.num_slots, dtype=dtype, weight_dtype=weight_dtype, on_input=solution.on_input
+    )
 
 
 def _enclosed(parts: Sequence[Blocks]) -> None:
@@ -164,9 +168,9 @@ def _judge(
     body: Body,
     solution: Solution,
     params: Mapping[str, torch.Tensor],
-    args: object,
-    kwargs: object,
-):  # type: ignore[no-untyped-def]
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Callable[[], torch.Tensor]:
     """The block with its experts evaluated in fp32."""
 
     def exact(rows: torch.Tensor, *routing: torch.Tensor) -> tuple[torch.Tensor]:
@@ -175,13 +179,7 @@ def _judge(
         return (body.evaluate(params, rows, *routing, on_input=solution.on_input),)
 
     def run() -> torch.Tensor:
-        result = call(site.module, exact, args, kwargs)  # type: ignore[arg-type]
+        result = call(site.module, exact, args, kwargs)
         return next(t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)).float()
 
     return run
-
-
-def first_result(log: Log, site: Site) -> torch.Tensor | None:
-    """The first tensor a site returned."""
-    slot = next((leaf.slot for leaf in tree_flatten(site.result)[0] if isinstance(leaf, Ref)), None)
-    return None if slot is None else log.value(slot, site.end)

@@ -1,7 +1,7 @@
 """Solving y = sum_k w_k f_{e_k}(x) for x, e, w and y among the tensors of a block's log.
 
-T tokens, K experts per token, E experts. Of all tensors that fit, the latest x, e and w before the experts and the earliest complete y
-are taken, so that nothing the user's code does to them in between is lost.
+T tokens, K experts per token, E experts. Of all tensors that fit, the latest x, e and w before the experts and the
+earliest complete y are taken, so that nothing the user's code does to them in between is lost.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def _before(blocks: Blocks) -> list[_Candidate]:
 
 
 def _after(blocks: Blocks, body: Body, start: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(slot, entry, value) of floats as wide as an expert's output that appear or change from entry `start` on, earliest first."""
+    """(slot, entry, value) of floats as wide as an expert's output that appear or change from entry `start` on.
+
+    The earliest comes first.
+    """
     log = blocks.log
     for index in range(start, blocks.site.end):
         entry = log.entries[index]
@@ -95,10 +98,15 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
                 mine = outputs.combine(*chosen, on_input=on_input)
                 for slot, index, value in fitting:
                     if near(mine, value, loose):
-                        picked = (None if c is None else c.slot for c in (selector, weights))
                         same = _steering(blocks, [c for c in (selector, weights) if c is not None])
-                        return Solution(x.slot, *picked, form, num_slots, slot, index, on_input, same)
+                        return Solution(
+                            x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input, same
+                        )
     return None
+
+
+def _slot(candidate: _Candidate | None) -> int | None:
+    return None if candidate is None else candidate.slot
 
 
 def _steering(blocks: Blocks, chosen: Sequence[_Candidate]) -> tuple[int, ...]:

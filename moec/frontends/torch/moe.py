@@ -24,8 +24,9 @@ from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log, Site, record
+from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import Maker, counts, inputs, routing, shape_for
+from moec.frontends.torch.recorder import record
 from moec.frontends.torch.routedslice import Reading, analyse_slice
 from moec.frontends.torch.sizes import Size, solve
 from moec.verify import Probe

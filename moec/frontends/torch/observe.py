@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted
-from moec.frontends.torch.oplog import Log, record
+from moec.frontends.torch.oplog import Log, Ref
+from moec.frontends.torch.recorder import record
 
 SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)
 
@@ -141,8 +142,6 @@ class Drivers:
 
 
 def _is_ref(value: Any) -> bool:
-    from moec.frontends.torch.oplog import Ref
-
     return isinstance(value, Ref)
 
 

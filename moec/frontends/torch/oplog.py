@@ -1,27 +1,21 @@
 """The op log: everything one eager run of a block did, as dataflow between tensors.
 
-Capture by tracing fails on most MoE blocks (data-dependent loops, `.tolist()`), so the front end runs the user's code as it
-is and records each ATen call, each read of a value on the host, and each call of a submodule or method (a *site*).
-
 A tensor is named by its memory (storage, offset, shape, stride, dtype), not by its Python object: autograd re-wraps
-objects, and an alias of a tensor is the same value. Written storages keep a copy after each write, so the value of a tensor at
-any moment of the run can be asked for.
+objects, and an alias of a tensor is the same value. Written storages keep a copy after each write, so the value of a
+tensor at any moment of the run can be asked for.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 HOST_READ = "host_read"
-_HOST_READS = frozenset({"tolist", "numpy", "__array__", "data_ptr"})
 # A copy of a written storage larger than this is not kept: such tensors are never rows, weights or outputs of a probe.
 _HISTORY_LIMIT = 64 << 20
 
@@ -248,125 +242,5 @@ def _flat_copy(tensor: torch.Tensor) -> torch.Tensor | None:
     storage = tensor.untyped_storage()
     if storage.nbytes() > _HISTORY_LIMIT:
         return None
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[arg-type]
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
     return flat.clone()
-
-
-@functools.lru_cache(maxsize=4096)
-def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
-    arguments = op._schema.arguments
-    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
-
-
-class _AtenRecorder(TorchDispatchMode):
-    def __init__(self, log: Log) -> None:
-        super().__init__()
-        self.log = log
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        written: list[torch.Tensor] = []
-        for position, name in _written_arguments(func):
-            value = args[position] if position < len(args) else kwargs.get(name)
-            written.extend(
-                v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)
-            )
-        for tensor in written:
-            self.log.before_write(tensor)
-        out = func(*args, **kwargs)
-        self.log.append(func, args, kwargs, out, written)
-        if type(out) in (int, float, bool):
-            self.log.append(HOST_READ, args, {}, None, ())
-        return out
-
-
-class _HostReadRecorder(TorchFunctionMode):
-    """`.tolist()` and `.numpy()` read memory without an ATen call."""
-
-    def __init__(self, log: Log) -> None:
-        super().__init__()
-        self.log = log
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _HOST_READS:
-            self.log.append(HOST_READ, args[:1], {}, None, ())
-        return func(*args, **(kwargs or {}))
-
-
-class _Recorder:
-    """Stands in for one method of one module instance while a run is recorded."""
-
-    def __init__(
-        self, state: _Recording, path: str, name: str, module: torch.nn.Module, call: Callable[..., Any]
-    ) -> None:
-        self.state, self.path, self.name, self.module, self.call = state, path, name, module, call
-        # User code may inspect the signature of a method it is about to call.
-        functools.update_wrapper(self, call)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        log = self.state.log
-        site = Site(
-            self.path, self.name, self.module, log.refs(args), log.refs(kwargs), len(log.entries), self.state.open
-        )
-        log.sites.append(site)
-        self.state.open = site
-        try:
-            result = self.call(*args, **kwargs)
-        finally:
-            self.state.open = site.parent
-            site.end = len(log.entries)
-        site.result = log.refs(result)
-        return result
-
-
-@dataclass
-class _Recording:
-    log: Log
-    open: Site | None = None
-
-
-def _methods(module: torch.nn.Module) -> Iterator[str]:
-    """Names of the plain methods a user's class defines, `forward` first."""
-    yield "forward"
-    for cls in type(module).__mro__:
-        if cls is torch.nn.Module:
-            return
-        if cls.__module__.startswith("torch.nn.modules") and cls.__name__ != "TransformerEncoderLayer":
-            continue
-        # A class with very many methods is a model's root (generate, save_pretrained, ...), not a layer.
-        own = [n for n, f in vars(cls).items() if not n.startswith("__") and n != "forward" and callable(f)]
-        if len(own) <= 24:
-            yield from (n for n in own if not isinstance(vars(cls)[n], (staticmethod, classmethod, type)))
-
-
-def record(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", method: str = "forward"
-) -> Log:
-    """Run `module.<method>(*args, **kwargs)` without gradients and return what it did.
-
-    Names of sites and parameters are prefixed with `path`. Instance attributes set for the recording are removed again,
-    whatever happens.
-    """
-    log = Log()
-    prefix = f"{path}." if path else ""
-    for name, tensor in [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]:
-        log.params.setdefault(tensor.untyped_storage()._cdata, prefix + name)
-    state = _Recording(log)
-    set_on: list[tuple[torch.nn.Module, str]] = []
-    try:
-        for name, child in module.named_modules(prefix=path):
-            for attribute in _methods(child):
-                call = getattr(child, attribute, None)
-                if call is None or attribute in child.__dict__ or isinstance(child, torch.jit.ScriptModule):
-                    continue
-                child.__dict__[attribute] = _Recorder(state, name, attribute, child, call)
-                set_on.append((child, attribute))
-        with torch.no_grad(), _HostReadRecorder(log), _AtenRecorder(log):
-            log.result = log.refs(getattr(module, method)(*args, **kwargs))
-    finally:
-        for child, attribute in set_on:
-            child.__dict__.pop(attribute, None)
-    return log

@@ -60,7 +60,9 @@ def is_lazy(model: nn.Module) -> bool:
 def unreadable(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(module, why) for modules whose weights cannot even be looked at."""
     for name, module in model.named_modules():
-        lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, nn.parameter.UninitializedParameter)]
+        lazy = [
+            n for n, p in module.named_parameters(recurse=False) if isinstance(p, nn.parameter.UninitializedParameter)
+        ]
         if lazy:
             yield name, f"weight {lazy[0]!r} is lazy and not initialised yet; run the model once before compiling"
         elif _is_quantised(module):

@@ -26,7 +26,9 @@ def number(value: float | None, digits: int = 2) -> str:
     """A figure for a table: 1.3e-07, 0.42, 12.3, 1532; "-" for None."""
     if value is None:
         return "-"
-    if value != 0 and abs(value) < 10**-digits:
+    if value == 0:
+        return "0"
+    if abs(value) < 10**-digits:
         return f"{value:.1e}"
     if abs(value) >= 1000:
         return f"{value:.0f}"

@@ -62,7 +62,7 @@ def analyse(
             found.result = drivers.capture(*example)
         except Exception as error:  # the user's model may raise anything
             raise MoecError(
-                "MOEC211", f"the model does not run on example_inputs: {raised(error, model)}",
+                "MOEC211", f"the model does not run on example_inputs: {raised(error)}",
                 hint="example_inputs is a tuple of positional or a dict of keyword arguments of the model's forward",
             ) from error  # fmt: skip
     found.refused += [Refused(name, "ffn", reason) for name, reason in unreadable(model)]

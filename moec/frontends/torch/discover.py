@@ -34,7 +34,7 @@ def discover_moe(model: nn.Module) -> list[Candidate]:
     """MoE candidates in the order of the model's modules."""
     moes: dict[str, Candidate] = {}
     for name, module in model.named_modules():
-        for owner, weights in _experts(name, module, model):
+        for owner, weights in _experts(name, module):
             if weights:
                 moes.setdefault(owner, Candidate(owner, "moe")).weights.update(weights)
     return list(_without_stacks_of_layers(moes))
@@ -48,7 +48,7 @@ def _matrices(module: nn.Module) -> int:
     return sum(1 for p in module.parameters() if p.dim() >= 2)
 
 
-def _experts(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+def _experts(name: str, module: nn.Module) -> Iterator[tuple[str, set[str]]]:
     if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _CONTAINERS):
         return  # torch's own layers hold kernels and projections, no experts
     own = {n: p for n, p in module._parameters.items() if p is not None}

@@ -65,7 +65,7 @@ class Driver:
             log = record(self.module, args, kwargs, path=self.path)
             return log, watch.changes()
         except Exception as error:  # whatever the user's code raises on an input that is not for it
-            raise ProbeFailed(f"{self.path or 'the model'}: {raised(error, self.module)}") from error
+            raise ProbeFailed(f"{self.path or 'the model'}: {raised(error)}") from error
         finally:
             watch.undo()
 
@@ -149,7 +149,7 @@ def _value(log: Log, value: Any, at: int) -> Any:
     return log.value(value.slot, at) if _is_ref(value) else value
 
 
-def raised(error: Exception, module: nn.Module) -> str:
+def raised(error: Exception) -> str:
     """The error of a probe with the user's own line it came from."""
     frames = [
         f

@@ -57,7 +57,7 @@ def slice_block(
     if kept is None or ahead is None:
         raise NotLifted("the block's result needs values computed among its experts")
     chosen = {item.start: item for item in [*kept, *ahead]}
-    _check_effects(log, site, list(chosen.values()), main)
+    _check_effects(log, site, list(chosen.values()))
     _check_reads(main, found)
     before = [chosen[i] for i in sorted(chosen) if i < main.first]
     after = [chosen[i] for i in sorted(chosen) if i >= main.first]
@@ -96,7 +96,7 @@ def _single_input(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]]]:
     return tensors[0], [tuple(p.log.tensors[g[0]].shape) for p, g in zip(parts, given, strict=True)]
 
 
-def _check_effects(log: Log, site: Site, kept: Sequence[Item], blocks: Blocks) -> None:
+def _check_effects(log: Log, site: Site, kept: Sequence[Item]) -> None:
     outside = {log.storages[s] for s in slots((site.args, site.kwargs))}
     for item in kept:
         for index in range(item.start, item.end):

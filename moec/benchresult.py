@@ -70,13 +70,14 @@ class BenchResult:
 
     def fill(self, report: Report) -> None:
         """Put the rows where the report keeps latencies; layers that run the same program share them."""
-        layers = {layer.name: layer for layer in report.layers}
-        timed: dict[str, list[Row]] = {}
+        # One module can hold a MoE and a dense FFN beside it, so a name alone does not tell which.
+        layers: dict[tuple[str, str], LayerReport] = {(layer.name, layer.kind): layer for layer in report.layers}
+        timed: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             for name in (row.name, *row.like):
-                timed.setdefault(name, []).append(row)
-        for name, rows in timed.items():
-            owner: LayerReport | Report = layers.get(name, report)
+                timed.setdefault((name, row.kind), []).append(row)
+        for key, rows in timed.items():
+            owner: LayerReport | Report = layers.get(key, report)
             owner.latency = [row.latency() for row in rows]
         report.notes += [note for note in self.notes if note not in report.notes]
 

@@ -119,7 +119,12 @@ class Report:
         return "\n".join((self._headline(), *self._left_alone()))
 
     def _left_alone(self) -> list[str]:
-        return [f"left alone: {layer.name}: {layer.reason}" for layer in self.layers if not layer.compiled]
+        """One line for each reason, with the layers it holds for."""
+        names: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if not layer.compiled:
+                names.setdefault(layer.reason, []).append(f"{layer.name or 'the model'} ({layer.kind})")
+        return [f"left alone: {_some(layers)}: {reason}" for reason, layers in names.items()]
 
     def _headline(self) -> str:
         if not self.layers:
@@ -156,6 +161,10 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         parts += [" | ".join(part for part in (self.machine, versions) if part)]
         return ["", *parts] if any(parts) else []
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _positive(count: object) -> bool:

@@ -111,6 +111,14 @@ def test_layers_that_run_the_same_program_are_timed_once() -> None:
     assert "layers.1" in str(report)
 
 
+def test_rows_go_to_the_layer_of_their_kind() -> None:
+    moe, ffn = LayerReport("layers.0", "moe", "compiled"), LayerReport("layers.0", "ffn", "left alone")
+    report = Report(layers=[moe, ffn])
+    Bench(Model(0), Model(0), report, make_inputs, effort=QUICK).run([2]).fill(report)
+    assert [row["tokens"] for row in moe.latency] == [2]
+    assert ffn.latency == []
+
+
 def test_a_layer_the_model_does_not_call_is_named() -> None:
     report = Report(layers=[compiled("layers.0"), compiled("layers.2")])
     result = Bench(Model(0), Model(0), report, make_inputs, effort=QUICK).run([2])

@@ -292,7 +292,7 @@ def test_inspect_lists_layers_and_reasons(
     status, out, _ = run(capsys, "inspect", f"{file}:pair")
     assert status == 0
     assert "1 of 2 layers" in out
-    assert "left alone: b: its activation is not known" in out
+    assert "left alone: b (ffn): its activation is not known" in out
     assert fake_api.asked["example_inputs"][0].shape == (1, 16, 4)
 
 
@@ -339,7 +339,7 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str], fake_api: Simp
         ["whole", "model"],
         ["whole", "model"],
     ]
-    assert "left alone: b: its activation is not known" in out
+    assert "left alone: b (ffn): its activation is not known" in out
     assert "pack True, quantize int8" in out
     assert fake_api.asked["pack"] is True
     assert fake_api.asked["quantize"] == "int8"

@@ -36,9 +36,17 @@ def test_table_has_every_layer_and_every_reason() -> None:
     assert row.split() == [
         *("layers.0.mlp", "moe", "compiled", "1.3e-07", "2.5e-07", "reference", "canonicalize,", "fuse-experts")
     ]
-    assert "left alone: layers.1.mlp: expert 3 has another activation" in text
+    assert "left alone: layers.1.mlp (ffn): expert 3 has another activation" in text
     assert "weights of compiled layers: 1.0 MiB before, 2.0 MiB after" in text
     assert text.endswith("a machine | torch 2.13.0")
+
+
+def test_layers_left_alone_for_the_same_reason_share_a_line() -> None:
+    report = sample()
+    names = ("layers.2", "", *(f"layers.{i}" for i in range(3, 10)))
+    report.layers += [LayerReport(name, "moe", "left alone", reason="its router is random") for name in names]
+    lines = [line for line in report.summary().splitlines() if "random" in line]
+    assert lines == ["left alone: layers.2 (moe), the model (moe), layers.3 (moe) and 6 more: its router is random"]
 
 
 def test_a_layer_that_was_not_verified_says_so() -> None:

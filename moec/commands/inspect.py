@@ -24,12 +24,12 @@ def run(arguments: argparse.Namespace) -> int:
     report = api.explain(loaded.model, loaded.make_inputs(16) if loaded.make_inputs else None)
     if not report.layers:
         raise nothing_found(loaded)
-    layers = report.layers if arguments.why is None else [_layer(report, arguments.why)]
+    layers = report.layers if arguments.why is None else _named(report, arguments.why)
     if arguments.json:
         report.layers = layers
         print(report.to_json())
     elif arguments.why is not None:
-        print(describe(layers[0]))
+        print(*map(describe, layers), sep="\n\n")
     else:
         print(loaded.source)
         print(report)
@@ -37,10 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _layer(report: Report, name: str) -> LayerReport:
-    for layer in report.layers:
-        if layer.name == name:
-            return layer
+def _named(report: Report, name: str) -> list[LayerReport]:
+    """Every candidate of that name: a module can hold a MoE and a dense FFN beside it."""
+    found = [layer for layer in report.layers if layer.name == name]
+    if found:
+        return found
     names = [layer.name for layer in report.layers]
     hint = did_you_mean(name, names) or "there are: " + ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     raise MoecError("MOEC608", f"no candidate layer is named {name!r}", hint=hint)

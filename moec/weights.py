@@ -173,4 +173,6 @@ def _even_step(views: tuple[View, ...]) -> int | None:
     if len(views) == 1:
         return max((n * s for n, s in zip(first.shape, first.stride, strict=True)), default=1)
     step = views[1].offset - first.offset
-    return step if all(v.offset == first.offset + i * step for i, v in enumerate(views)) else None
+    # A tensor cannot go backwards.
+    even = step >= 0 and all(v.offset == first.offset + i * step for i, v in enumerate(views))
+    return step if even else None

@@ -1,0 +1,220 @@
+"""A region that runs: inputs checked, weights read live, every op by its meaning or by a faster way to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+
+from moec.backendbase import OpaqueGraph, Weights
+from moec.backends.reference.fast import Fast, Planner
+from moec.backends.reference.frame import Frame
+from moec.backends.reference.inputs import Inputs
+from moec.backends.reference.joined import Experts, whole
+from moec.backends.reference.table import MEANINGS
+from moec.backends.reference.weights import LiveWeight, per_expert
+from moec.ir import ConcatWeights, Node, QuantizeWeight, Region, Value, Weight
+from moec.ir.printer import print_op
+
+Planned = Mapping[tuple[Value, ...], Fast | None]
+"""The faster way for the node with these results."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op of a call: how it runs, and the values nobody needs after it."""
+
+    node: Node
+    fast: Fast | None
+    drop: tuple[str, ...]
+
+    def run(self, at: Frame) -> None:
+        """Put the op's results into the frame."""
+        try:
+            results = MEANINGS[type(self.node.op)](self.node.op, at) if self.fast is None else self.fast.run(at)
+        except Exception as error:
+            error.add_note(f"in {self.node}")
+            raise
+        at.values.update((value.name, result) for value, result in zip(self.node.results, results, strict=True))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Copies of weights and what the weights were like when they were made."""
+
+    version: Hashable
+    values: Mapping[str, Experts]
+
+
+class RegionExecutable:
+    """Runs a region on whatever device its inputs are.
+
+    Weights are read where they lie on each call. What is computed from them once is held: int8 weights, and with `pack`
+    joined weights and whatever faster ways copy; it is made anew when `weights.version()` changed. Calls may run in
+    several threads at once. No graph is recorded, whatever the grad mode.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        weights: Weights,
+        opaques: Mapping[str, OpaqueGraph],
+        *,
+        pack: bool,
+        plan: Planner,
+    ) -> None:
+        self._region, self._store, self._opaques = region, weights, dict(opaques)
+        experts = per_expert(region)
+        self._live = {
+            node.results[0].name: LiveWeight(weights, node.op, of_experts=node.results[0].name in experts)
+            for node in region.nodes
+            if isinstance(node.op, Weight)
+        }
+        fast = {node.results: plan(node, pack) for node in region.nodes if not node.op.of_weights}
+        self._constant = _constant(region)
+        self._once = _computed_once(self._constant, region, pack, fast)
+        self._steps = _steps(region, self._once, fast)
+        read = {value.name for step in self._steps for value in step.node.op.operands}
+        read |= {value.name for value in region.outputs}
+        self._read = tuple(name for name in self._live if name in read)
+        self._inputs = Inputs(region)
+        self._sized = tuple(
+            node.results[0] for node in region.nodes if isinstance(node.op, Weight) and node.op.type.letters
+        )
+        self._lock = Lock()
+        self._held: Held | None = None
+        with torch.no_grad():
+            for live in self._live.values():
+                live.read()
+        self.refresh()
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The region's outputs. Raises MOEC404 and MOEC109 for inputs that do not fit, MOEC405 for weights."""
+        sizes = self._inputs.check(inputs)
+        with torch.no_grad():
+            values: dict[str, Experts] = dict(self._current().values)
+            values.update((name, self._live[name].read()) for name in self._read)
+            values.update(zip(self._inputs.names, inputs, strict=True))
+            at = Frame(values, self._opaques, sizes)
+            if self._sized:
+                at.bind({value: self._live[value.name].read() for value in self._sized})
+            for step in self._steps:
+                step.run(at)
+                for name in step.drop:
+                    del at.values[name]
+            return tuple(at.tensor(value) for value in self._region.outputs)
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of copies of weights: int8 weights, joined ones with `pack`, and those of faster ways."""
+        held = self._held.values.values() if self._held is not None else ()
+        return sum(whole(copy).nbytes for copy in held) + sum(fast.nbytes_packed for fast in self._fast())
+
+    def refresh(self) -> None:
+        """Make all copies of weights anew, after writes that `weights.version()` does not see (`p.data`)."""
+        with self._lock:
+            self._hold()
+
+    def describe(self) -> str:
+        """One line for each op: where its weights are, or how it runs."""
+        steps = {step.node.results: step for step in self._steps}
+        return "\n".join(f"{_text(node)}: {self._way(node, steps.get(node.results))}" for node in self._region.nodes)
+
+    def _way(self, node: Node, step: Step | None) -> str:
+        if isinstance(node.op, Weight):
+            return "read where it lies"
+        if node in self._once:
+            count = sum(value.type.num_bytes({}) for value in node.results)
+            return f"a copy of {count:,} bytes, made anew when the weights change"
+        if node in self._constant:
+            return "left where the weights lie, put together when used"
+        assert step is not None
+        return "by its meaning" if step.fast is None else step.fast.describe()
+
+    def _fast(self) -> list[Fast]:
+        return [step.fast for step in self._steps if step.fast is not None]
+
+    def _current(self) -> Held:
+        """The copies, made anew if the weights changed."""
+        held = self._held
+        guarded = held is None or held.version is not None
+        # Reading versions would break a graph that torch.compile traces.
+        if not guarded or torch.compiler.is_compiling():
+            assert held is not None
+            return held
+        version = self._store.version()
+        if held is not None and held.version == version:
+            return held
+        with self._lock:
+            if self._held is None or self._held.version != version:
+                self._hold()
+            assert self._held is not None
+            return self._held
+
+    def _hold(self) -> None:
+        """Compute what is computed once. The old copies go first, so that there are never two."""
+        self._held = None
+        copies: dict[str, Experts] = {}
+        fast = self._fast()
+        # Read first: a write during the copying then shows as another version on the next call.
+        version = self._store.version() if self._once or fast else None
+        if self._once or fast:
+            with torch.no_grad():
+                at = Frame({name: live.read() for name, live in self._live.items()}, self._opaques, {})
+                for node in self._constant:
+                    Step(node, None, ()).run(at)
+                    if node in self._once:
+                        copies.update((value.name, whole(at.values[value.name])) for value in node.results)
+                        at.values.update(copies)
+                for one in fast:
+                    one.pack(at)
+        guarded = bool(copies) or any(one.nbytes_packed for one in fast)
+        self._held = Held(version if guarded else None, copies)
+
+
+def _text(node: Node) -> str:
+    return f"{', '.join(map(str, node.results))} = {print_op(node.op)}"
+
+
+def _constant(region: Region) -> tuple[Node, ...]:
+    """The nodes that depend on weights only."""
+    known: set[str] = set()
+    found = []
+    for node in region.nodes:
+        if node.op.of_weights and known.issuperset(value.name for value in node.op.operands):
+            known.update(value.name for value in node.results)
+            if not isinstance(node.op, Weight):
+                found.append(node)
+    return tuple(found)
+
+
+def _computed_once(constant: tuple[Node, ...], region: Region, pack: bool, fast: Planned) -> tuple[Node, ...]:
+    """The nodes whose results are held: int8 weights, and with `pack` joined weights that some op's meaning reads."""
+    slow = {value for node in region.nodes if fast.get(node.results) is None for value in node.op.operands}
+    return tuple(
+        node
+        for node in constant
+        if isinstance(node.op, QuantizeWeight)
+        or (pack and isinstance(node.op, ConcatWeights) and not slow.isdisjoint(node.results))
+    )
+
+
+def _steps(region: Region, once: tuple[Node, ...], fast: Planned) -> tuple[Step, ...]:
+    """What a call runs, without what only `once` needs."""
+    needed = {value.name for value in region.outputs}
+    nodes = []
+    for node in reversed(region.nodes):
+        wanted = not node.op.of_weights or any(value.name in needed for value in node.results)
+        if wanted and node not in once:
+            needed |= {value.name for value in node.op.operands}
+            if not isinstance(node.op, Weight):
+                nodes.append(node)
+    kept = {value.name for value in region.outputs}
+    steps = []
+    for node in nodes:
+        drop = {value.name for value in (*node.op.operands, *node.results)} - kept
+        kept |= drop
+        steps.append(Step(node, fast.get(node.results), tuple(sorted(drop))))
+    return tuple(reversed(steps))

@@ -1,0 +1,36 @@
+"""Normalisation of rows. R rows, E experts, D width."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.backends.reference.dtypes import wide
+from moec.backends.reference.joined import Experts, whole
+from moec.ir import Norm
+
+
+def norm(op: Norm, x: torch.Tensor, offsets: torch.Tensor | None, w: Experts | None, b: Experts | None) -> torch.Tensor:
+    """x[..., D], w[D]?, b[D]? -> [..., D]; or with offsets[E+1], w[E, D]?, b[E, D]? per expert. In fp32, rounded once.
+
+    Rows from offsets[E] on come out as zeros.
+    """
+    y = x.to(wide(x))
+    if op.kind == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + op.eps)
+    if offsets is None:
+        return _shift(op, y, None if w is None else whole(w), None if b is None else whole(b)).to(x.dtype)
+    bounds = offsets.tolist()
+    parts = []
+    for e in range(len(bounds) - 1):
+        part = y[bounds[e] : bounds[e + 1]]
+        if part.shape[0]:
+            parts.append(_shift(op, part, None if w is None else w[e], None if b is None else b[e]))
+    parts.append(y.new_zeros(y.shape[0] - bounds[-1], y.shape[1]))
+    return torch.cat(parts).to(x.dtype)
+
+
+def _shift(op: Norm, y: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+    if w is not None:
+        y = y * (w.to(y.dtype) + op.w_shift)
+    return y if b is None else y + b.to(y.dtype)

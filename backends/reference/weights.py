@@ -1,0 +1,121 @@
+"""Values that depend on weights only: read where they lie, or computed once and held.
+
+E experts, N outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moec.backendbase import Weights
+from moec.backends.reference.dtypes import DTYPES, described
+from moec.backends.reference.joined import Experts, whole
+from moec.backends.reference.products import quantize
+from moec.errors import MoecError
+from moec.ir import (
+    ConcatWeights,
+    ExpertFfn,
+    ExpertGlu,
+    GroupedLinear,
+    Norm,
+    Op,
+    QuantizeWeight,
+    Region,
+    SelectExperts,
+    Tensor,
+    Weight,
+)
+
+# Operands that are weights of experts, by op.
+_PER_EXPERT: dict[type[Op], tuple[str, ...]] = {
+    GroupedLinear: ("w", "b", "scale"),
+    ExpertGlu: ("w", "b", "scale", "w_up", "b_up", "scale_up"),
+    ExpertFfn: ("w_in", "w_out", "w_up", "b_in", "b_out", "b_up", "scale_in", "scale_out", "scale_up"),
+    SelectExperts: ("w",),
+}
+
+
+def per_expert(region: Region) -> frozenset[str]:
+    """Names of the values that are weights of experts: the first axis counts experts.
+
+    Three sizes are always an expert's matrices; two may be a matrix or the biases of experts, which their use tells.
+    """
+    found = {value.name for node in region.nodes if node.op.of_weights for value in node.results if value.type.rank > 2}
+    for node in reversed(region.nodes):
+        op = node.op
+        fields = _PER_EXPERT.get(type(op), ())
+        if isinstance(op, Norm) and op.offsets is not None:
+            fields = ("w", "b")
+        if isinstance(op, ConcatWeights | QuantizeWeight) and any(value.name in found for value in node.results):
+            fields = ("weights", "w")
+        found.update(value.name for name, value in op.named_operands if name in fields)
+    return frozenset(found)
+
+
+class LiveWeight:
+    """One weight of the region, read from the store on each use."""
+
+    def __init__(self, store: Weights, op: Weight, *, of_experts: bool) -> None:
+        self._store, self._ref, self._type = store, op.ref, op.type
+        self._of_experts = of_experts
+        self._dtype = DTYPES[op.type.dtype]
+        self._shape = tuple(size.constant for size in op.type.shape)
+
+    def read(self) -> Experts:
+        """The user's tensor now. Raises MOEC405 where it has another element type or shape than declared."""
+        if not self._of_experts:
+            return self._checked(self._store.dense(self._ref), self._shape)
+        stacked = self._store.stacked(self._ref)
+        if stacked is not None:
+            return self._checked(stacked, self._shape)
+        experts = self._store.experts(self._ref)
+        if self._shape[0] not in (None, len(experts)):
+            # Small weights of experts may be one tensor that nobody took apart.
+            return self._checked(self._store.dense(self._ref), self._shape)
+        return CheckedExperts(self, experts)
+
+    def expert(self, experts: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+        """One expert's tensor, checked."""
+        return self._checked(experts[index], self._shape[1:])
+
+    def _checked(self, found: torch.Tensor, shape: tuple[int | None, ...]) -> torch.Tensor:
+        if found.dtype == self._dtype and found.shape == shape:
+            return found
+        fits = found.dim() == len(shape) and all(b in (None, a) for a, b in zip(found.shape, shape, strict=True))
+        if found.dtype != self._dtype or not fits:
+            message = f'weight "{self._ref}" must be {self._type}, found {described(found)}'
+            raise MoecError("MOEC405", message, hint="compile the model again after casting it")
+        return found
+
+
+class CheckedExperts(Sequence[torch.Tensor]):
+    """E tensors of experts, each read and checked when it is asked for."""
+
+    def __init__(self, weight: LiveWeight, experts: Sequence[torch.Tensor]) -> None:
+        self._weight, self._experts = weight, experts
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return self._weight.expert(self._experts, index)
+
+
+def constant(value: float, type: Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """A tensor of this type and shape filled with the value."""
+    return torch.full(shape, value, dtype=DTYPES[type.dtype], device=device)
+
+
+def quantize_weight(w: Experts, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """w[..., N, C] -> i8[..., N, C], scale f32[..., N]; one matrix at a time, so that no fp32 copy of all exists."""
+    if rank == 2:
+        return quantize(whole(w))
+    first, first_scale = quantize_weight(w[0], rank - 1)
+    q = first.new_empty(len(w), *first.shape)
+    scale = first_scale.new_empty(len(w), *first_scale.shape)
+    q[0], scale[0] = first, first_scale
+    for e in range(1, len(w)):
+        q[e], scale[e] = quantize_weight(w[e], rank - 1)
+    return q, scale

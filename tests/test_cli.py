@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from moec import cli
+from moec.errors import MoecError
 from moec.report import LayerReport, Report
 
 FACTORIES = """
@@ -394,6 +395,20 @@ def test_bench_when_every_layer_was_left_alone(
     assert (status, out) == (4, "")
     assert "its activation is not known" in err
     assert f"moec inspect {file}:pair --why b" in err
+
+
+def test_failed_verification_under_strict_is_status_3(
+    capsys: pytest.CaptureFixture[str], fake_api: SimpleNamespace, file: str, tmp_path: Path
+) -> None:
+    def compile(model: Any, **options: Any) -> Any:
+        assert options["strict"] is True
+        raise MoecError("MOEC221", "a was left alone: 3 tokens: error 0.1")
+
+    fake_api.compile = compile
+    status, out, err = run(capsys, "bench", f"{file}:pair", "--strict", "-o", str(tmp_path / "out.json"))
+    assert (status, out) == (3, "")
+    assert "[MOEC221]" in err
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.fixture

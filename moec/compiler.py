@@ -16,7 +16,7 @@ from moec.options import Options
 from moec.passbase import Pass, PassLog
 from moec.pipeline import default_passes, run
 from moec.report import LayerReport
-from moec.verify import Probe, Verdict, bar_for, compare_results, verify_layer
+from moec.verify import FP32_BAR, Probe, Verdict, bar_for, compare_results, verify_layer
 from moec.weights import WeightStore
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -72,6 +72,9 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
     if options.verify:
         verdict = _verify(lifted, executable)
         _record(layer, verdict)
+        if verdict.passed and _grad_mode_matters(lifted):
+            layer.status, layer.reason = "left alone", "its result depends on whether gradients are being recorded"
+            return result
         if not verdict.passed:
             layer.status, layer.reason = (
                 "left alone",
@@ -104,6 +107,17 @@ def _verify(lifted: Lifted, executable: Executable) -> Verdict:
         bar=bar_for(lifted.dtype, lifted.longest),
         low_precision=low,
     )
+
+
+def _grad_mode_matters(lifted: Lifted) -> bool:
+    """Code may ask torch.is_grad_enabled(); what was observed holds without gradients only."""
+    probe = next(lifted.probes())
+    with torch.no_grad():
+        without = lifted.original(*probe.args, **probe.kwargs)
+    with torch.enable_grad():
+        recorded = lifted.original(*probe.args, **probe.kwargs)
+    found = compare_results(recorded, without)
+    return bool(found.mismatch) or found.l2 > FP32_BAR
 
 
 def _record(layer: LayerReport, verdict: Verdict) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -146,12 +146,15 @@ class _Structure:
 
     spec: Any = None
     fixed: list[Any]
+    is_tensor: list[bool]
 
-    def split(self, result: Any) -> tuple[torch.Tensor, ...]:
+    def split(self, result: Any, given: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """The tensors of a result. One that is an argument itself is handed back as it is: autograd has nothing to add."""
         leaves, self.spec = tree_flatten(result)
-        self.fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        own = {id(leaf) for leaf in given if isinstance(leaf, torch.Tensor)}
+        self.is_tensor = [isinstance(leaf, torch.Tensor) and id(leaf) not in own for leaf in leaves]
+        self.fixed = [None if t else leaf for t, leaf in zip(self.is_tensor, leaves, strict=True)]
+        return tuple(leaf for t, leaf in zip(self.is_tensor, leaves, strict=True) if t)
 
     def restore(self, tensors: Any) -> Any:
         tensors = iter(tensors if isinstance(tensors, tuple) else (tensors,))
@@ -174,14 +177,12 @@ class _Recompute(torch.autograd.Function):
         *tensors: torch.Tensor,
     ) -> Any:
         args, kwargs = tree_unflatten(leaves, spec)
-        outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs))
+        outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs), leaves)
         ctx.owner, ctx.spec, ctx.places = owner, spec, places
         ctx.leaves = [None if i in places else v for i, v in enumerate(leaves)]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*[t for t in outs if not t.is_floating_point()])
-        # An output that is an input itself would lose its history.
-        given = {id(t) for t in tensors}
-        return tuple(t.view_as(t) if id(t) in given else t for t in outs)
+        return outs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -194,7 +195,7 @@ class _Recompute(torch.autograd.Function):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, ctx.spec)
         with torch.enable_grad():
-            outs = _Structure().split(ctx.owner.original(*args, **kwargs))
+            outs = _Structure().split(ctx.owner.original(*args, **kwargs), leaves)
         wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad and g is not None]
         found = iter(

@@ -177,6 +177,10 @@ def _result_shape(
     return tuple(s for s in sizes if s is not None)
 
 
+def _patterns(patterns: tuple[str, ...], index: int, x: torch.Tensor, body: Body) -> tuple[str, ...]:
+    return patterns if x.numel() > 100 * body.inputs else (patterns[index % len(patterns)],)
+
+
 def _probes(
     site: Site,
     binder: Binder,
@@ -188,9 +192,12 @@ def _probes(
     params: Mapping[str, torch.Tensor],
 ) -> Iterator[Probe]:
     sizes, device = counts(site.module, body, roles.slots), like.device
-    for i, (label, x) in enumerate(inputs(like.dim(), body.inputs, like.dtype, device, sizes)):
+    patterns = ("random", "one expert", "round robin")
+    made_inputs = inputs(like.dim(), body.inputs, like.dtype, device, sizes)
+    # Capacities show only with many tokens and skew: those get every pattern.
+    asked = ((p, label, x) for i, (label, x) in enumerate(made_inputs) for p in _patterns(patterns, i, x, body))
+    for i, (pattern, label, x) in enumerate(asked):
         count = x.numel() // body.inputs
-        pattern = ("random", "one expert", "round robin")[i % 3]
         experts = routing(count, roles.slots, body.experts, i, pattern).to(device)
         generator = torch.Generator().manual_seed(i)
         weights = torch.rand(experts.shape, generator=generator).to(device, weight_dtype)

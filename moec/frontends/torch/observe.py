@@ -92,7 +92,11 @@ class Drivers:
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model once and remember the arguments of each module's first call; returns the model's result."""
-        log = record(self.model, args, kwargs)
+        watch = Watch(self.model)
+        try:
+            log = record(self.model, args, kwargs)
+        finally:
+            watch.undo()
         for site in log.sites:
             if site.method == "forward" and site.path not in self.captured:
                 given = tree_map(lambda v, at=site.start: _value(log, v, at), (site.args, site.kwargs), is_leaf=_is_ref)

@@ -106,6 +106,7 @@ class Log:
     tensors: list[torch.Tensor] = field(default_factory=list)
     storages: list[int] = field(default_factory=list)
     params: dict[int, str] = field(default_factory=dict)
+    owned: dict[str, torch.Tensor] = field(default_factory=dict)
     result: Any = None
 
     def __post_init__(self) -> None:
@@ -117,6 +118,13 @@ class Log:
         self._indexed: list[Entry] = []
 
     # -- recording ----------------------------------------------------------------------------------------------------
+    def own(self, name: str, tensor: torch.Tensor) -> None:
+        """Name a tensor that the module itself holds; the first name of a storage stays."""
+        storage = tensor.untyped_storage()._cdata
+        if storage not in self.params:
+            self.params[storage] = name
+            self.owned[name] = tensor
+
     def slot(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()._cdata
         key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)

@@ -19,24 +19,40 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.observe import tokens as random_tokens
 
-COUNTS = (1, 2, 3, 5, 16, 131)
-_LARGEST_NAMED = 2048
-# Work above which the probes shrink: multiply-adds of one pass over all probes.
-_BUDGET = 2e11
+COUNTS = (1, 2, 3, 5, 16, 131, 515)
+_SMALLEST_NAMED, _LARGEST_NAMED = 17, 4096
+_MOST_NAMED = 8
+# Work above which the probes shrink: multiply-adds of one pass over all probes, and of one with very many tokens.
+_BUDGET, _SMALL_BUDGET = 2e11, 2e9
+_MANY = 131
 
 
 def named_sizes(module: nn.Module, known: set[int]) -> list[int]:
     """Token counts just above and at the integers that the module's own code and attributes name."""
     found: set[int] = set()
     for child in module.modules():
-        if type(child).__module__.startswith("torch.nn"):
-            continue
-        found |= {v for v in child.__dict__.values() if type(v) is int}
-        for _, function in inspect.getmembers(type(child), inspect.isfunction):
-            if function.__module__ == type(child).__module__:
-                found |= {c for c in function.__code__.co_consts if type(c) is int}
-    sizes = sorted(n for n in found - known if COUNTS[-2] < n <= _LARGEST_NAMED)
-    return [n + extra for n in sizes[:4] for extra in (0, 1)]
+        if not type(child).__module__.startswith("torch.nn"):
+            found |= {v for v in child.__dict__.values() if type(v) is int}
+            for cls in type(child).__mro__:
+                if not cls.__module__.startswith(("torch.", "builtins")):
+                    found |= {v for v in vars(cls).values() if type(v) is int}
+                    functions = [f for f in vars(cls).values() if inspect.isfunction(f)]
+                    found |= {n for f in functions for n in _numbers(f, depth=2)}
+    sizes = sorted(n for n in found - known if _SMALLEST_NAMED <= n <= _LARGEST_NAMED)
+    return [n + extra for n in sizes[:_MOST_NAMED] for extra in (0, 1)]
+
+
+def _numbers(function: Any, depth: int) -> set[int]:
+    """Integers in a function's code, in the globals it names, and in the user's functions it calls."""
+    code = function.__code__
+    found = {c for c in code.co_consts if type(c) is int}
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        if type(value) is int:
+            found.add(value)
+        elif inspect.isfunction(value) and depth > 0 and not value.__module__.startswith("torch"):
+            found |= _numbers(value, depth - 1)
+    return found
 
 
 def counts(module: nn.Module, body: Body, slots: int) -> list[int]:
@@ -44,7 +60,7 @@ def counts(module: nn.Module, body: Body, slots: int) -> list[int]:
     per_token = slots * sum(math.prod(bank.shape) for bank in body.banks.values())
     known = {body.inputs, body.outputs, body.experts, body.banks["w_up0"].shape[0]}
     wanted = [*COUNTS, *named_sizes(module, known)]
-    return [n for n in wanted if n <= 5 or n * per_token <= _BUDGET] or [1, 2, 5]
+    return [n for n in wanted if n <= 5 or n * per_token <= (_BUDGET if n <= _MANY else _SMALL_BUDGET)]
 
 
 def shape_for(rank: int, count: int, width: int) -> tuple[int, ...]:
@@ -128,6 +144,8 @@ def inputs(
             f"{count} tokens, mixed scales",
             random_tokens(shape_for(rank, count, width), dtype, 10 + i, device=device),
         )
+    longest = shape_for(rank, max(sizes), width)
+    yield f"{max(sizes)} equal tokens", random_tokens((1, width), dtype, 30, device=device).expand(longest).clone()
     count = next((n for n in sizes if n >= 5), sizes[-1])
     shape = shape_for(rank, count, width)
     for scale in (0.05, 1.0, 60.0):

@@ -43,10 +43,8 @@ class Step:
 class Aligned:
     """Slots of several logs of one block, matched to the slots of the first."""
 
-    def __init__(
-        self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], params: Mapping[str, torch.Tensor], prefix: str
-    ) -> None:
-        self.logs, self.shapes, self.params = logs, shapes, params
+    def __init__(self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], prefix: str) -> None:
+        self.logs, self.shapes = logs, shapes
         self.prefix = f"{prefix}." if prefix else ""
         self.match: dict[int, tuple[int, ...]] = {}
 
@@ -99,12 +97,11 @@ class Aligned:
         names = {log.param_of(slot) for log, slot in zip(self.logs, same, strict=True)}
         tensor = self.logs[0].tensors[same[0]]
         name = next(iter(names))
-        if len(names) == 1 and name is not None and name.startswith(self.prefix) and name in self.params:
-            offset = int(tensor.storage_offset() - self.params[name].storage_offset())
+        if len(names) == 1 and name is not None and name.startswith(self.prefix):
+            offset = int(tensor.storage_offset() - self.logs[0].owned[name].storage_offset())
             return Live(name.removeprefix(self.prefix), offset, tuple(tensor.shape), tuple(tensor.stride()))
-        constant = (
-            all(log.producer(slot) is None for log, slot in zip(self.logs, same, strict=True)) and tensor.numel() <= 64
-        )
+        # A literal in the code, torch.tensor(...), comes in through lift_fresh; any other tensor may be written later.
+        constant = where == "lift_fresh"
         if (
             names == {None}
             and constant

@@ -123,7 +123,11 @@ def record(
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]:
-        log.params.setdefault(tensor.untyped_storage()._cdata, prefix + name)
+        log.own(prefix + name, tensor)
+    for name, child in module.named_modules(prefix=path):
+        for attribute, value in child.__dict__.items():
+            if type(value) is torch.Tensor:
+                log.own(f"{name}.{attribute}".lstrip("."), value)
     state = _Recording(log)
     set_on: list[tuple[torch.nn.Module, str]] = []
     try:

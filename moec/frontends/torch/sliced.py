@@ -39,9 +39,7 @@ class Slice:
         return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
 
 
-def slice_block(
-    parts: Sequence[Blocks], found: Solution, params: Mapping[str, torch.Tensor], outs: Sequence[int | None]
-) -> Slice:
+def slice_block(parts: Sequence[Blocks], found: Solution, outs: Sequence[int | None]) -> Slice:
     """The slice that holds for all the logs in `parts`. Raises NotLifted with the reason.
 
     The solution is for the first log; `outs` are the tensors the experts end in.
@@ -61,7 +59,7 @@ def slice_block(
     _check_reads(main, found)
     before = [chosen[i] for i in sorted(chosen) if i < main.first]
     after = [chosen[i] for i in sorted(chosen) if i >= main.first]
-    aligned = Aligned([p.log for p in parts], dims, params, site.path)
+    aligned = Aligned([p.log for p in parts], dims, site.path)
     aligned.tie([(p.site.args, p.site.kwargs) for p in parts])
     first = tuple(aligned.step(_counterparts(parts, item)) for item in before)
     x, selector, weights = (
@@ -106,22 +104,37 @@ def _check_effects(log: Log, site: Site, kept: Sequence[Item]) -> None:
 
 
 def _check_reads(blocks: Blocks, found: Solution) -> None:
-    """A value read on the host steers Python code that the slice no longer runs; only the routing may do that."""
+    """A value read on the host steers Python code that the slice no longer runs: only the experts' choice may."""
     log = blocks.log
-    steering = {log.storages[s] for s in found.routing}
     inside = {i for item in blocks.items if item.site is not None for i in range(item.start, item.end)}
     for entry in log.entries[blocks.site.start : blocks.site.end]:
         if entry.op != HOST_READ or entry.index in inside or not entry.reads:
             continue
-        behind = log.closure([(entry.reads[0], entry.index)], start=blocks.site.start)
-        touched = {log.storages[s] for i in behind for s in (*log.entries[i].reads, *log.entries[i].results)} | {
-            log.storages[entry.reads[0]]
-        }
-        if not touched & steering:
-            tensor = log.tensors[entry.reads[0]]
-            raise NotLifted(
-                f"the block's code reads a tensor of shape {tuple(tensor.shape)} on the host and may branch on it"
-            )
+        if not _from_choice(blocks, frozenset(found.routing), entry.reads[0], entry.index):
+            shape = tuple(log.tensors[entry.reads[0]].shape)
+            raise NotLifted(f"the block's code reads a tensor of shape {shape} on the host and may branch on it")
+
+
+def _from_choice(blocks: Blocks, choice: frozenset[int], slot: int, at: int) -> bool:
+    """True if the value comes from the tensors in `choice` alone, looking no further than those."""
+    log = blocks.log
+    seen: set[int] = set()
+    todo = [(slot, at)]
+    while todo:
+        current, moment = todo.pop()
+        if current in choice:
+            continue
+        made = log.producer(current)
+        sources = [*log.writers(current, moment), *([made] if made is not None else [])]
+        if not sources and log.tensors[current].is_floating_point():
+            return False
+        for index in sources:
+            if index < blocks.site.start:
+                return False
+            if index not in seen:
+                seen.add(index)
+                todo += [(read, index) for read in log.entries[index].reads]
+    return True
 
 
 def _counterparts(parts: Sequence[Blocks], item: Item) -> list[Item]:

@@ -81,7 +81,7 @@ def slice_at(
     """The lifted layer that slices `site`; the solution is for the first log."""
     parts = [split(o.log, same_site(site, o.log), o.entries) for o in seen]
     _enclosed(parts)
-    sliced = slice_block(parts, solution, params, [o.out for o in seen])
+    sliced = slice_block(parts, solution, [o.out for o in seen])
     log = seen[0].log
     given = log.tensors[sliced.input_slot]
     call = SlicedCall(

@@ -98,7 +98,7 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
                 mine = outputs.combine(*chosen, on_input=on_input)
                 for slot, index, value in fitting:
                     if near(mine, value, loose):
-                        same = _steering(blocks, [c for c in (selector, weights) if c is not None])
+                        same = _steering(blocks, selector, weights)
                         return Solution(
                             x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input, same
                         )
@@ -109,12 +109,17 @@ def _slot(candidate: _Candidate | None) -> int | None:
     return None if candidate is None else candidate.slot
 
 
-def _steering(blocks: Blocks, chosen: Sequence[_Candidate]) -> tuple[int, ...]:
-    """Tensors that hold the routing in whatever shape, and the integers it was made from."""
+def _steering(blocks: Blocks, selector: _Candidate | None, weights: _Candidate | None) -> tuple[int, ...]:
+    """Tensors that hold the choice of experts in whatever shape, and the integers it was made from.
+
+    Weights are no choice, unless they alone say which experts are asked.
+    """
     log = blocks.log
-    behind = log.closure([(c.slot, blocks.first) for c in chosen], start=blocks.site.start)
+    chosen = selector or weights
+    assert chosen is not None
+    behind = log.closure([(chosen.slot, blocks.first)], start=blocks.site.start)
     whole = [s for i in sorted(behind) for s in log.entries[i].results if not log.tensors[s].is_floating_point()]
-    return (*_same_values(blocks, [c.value for c in chosen]), *whole)
+    return (*_same_values(blocks, [chosen.value]), *whole)
 
 
 def _same_values(blocks: Blocks, values: Sequence[torch.Tensor]) -> tuple[int, ...]:

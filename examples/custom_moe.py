@@ -16,6 +16,20 @@ from torch import Tensor, nn
 import moec
 
 
+class GatedFFN(nn.Module):
+    """x[N, D] -> [N, D]: the expert that every token visits."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w_in = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w_in(x).chunk(2, dim=-1)
+        out: Tensor = self.w_out(F.silu(gate) * up)
+        return out
+
+
 class SharedExpertMoE(nn.Module):
     """x[B, S, D] -> [B, S, D]: top-k of E experts with stacked weights, plus one gated expert that sees every token."""
 
@@ -25,8 +39,7 @@ class SharedExpertMoE(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.w_in = nn.Parameter(torch.randn(num_experts, 2 * hidden, dim) * dim**-0.5)
         self.w_out = nn.Parameter(torch.randn(num_experts, dim, hidden) * hidden**-0.5)
-        self.shared_in = nn.Linear(dim, 2 * hidden, bias=False)
-        self.shared_out = nn.Linear(hidden, dim, bias=False)
+        self.shared = GatedFFN(dim, hidden)
         self.shared_gate = nn.Linear(dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,8 +55,7 @@ class SharedExpertMoE(nn.Module):
         routed[slots] = torch.cat(outputs)
         mixed = (routed.unflatten(0, (-1, self.top_k)) * scores.unsqueeze(-1)).sum(dim=1)
 
-        shared = self.expert(tokens, self.shared_in.weight, self.shared_out.weight)
-        return (mixed + self.shared_gate(tokens).sigmoid() * shared).reshape(x.shape)
+        return (mixed + self.shared_gate(tokens).sigmoid() * self.shared(tokens)).reshape(x.shape)
 
     @staticmethod
     def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ OpaqueGraph = Callable[..., "tuple[torch.Tensor, ...]"]
 
 # Where each back end lives; a module is imported when its back end is first asked for.
 BACKENDS: Mapping[str, str] = {"reference": "moec.backends.reference"}
+# Names that get a better answer than "unknown".
+PLANNED: Mapping[str, str] = {
+    "triton": "the Triton back end does not exist yet",
+    "onnxruntime": "the ONNX Runtime back end does not exist yet",
+}
 
 
 class Weights(Protocol):
@@ -93,7 +98,9 @@ class Backend(Protocol):
 
 
 def load_backend(name: str) -> Backend:
-    """The back end of this name, imported now. Raises MOEC401 for an unknown name."""
+    """The back end of this name, imported now. Raises MOEC401 for an unknown name, MOEC402 for one that is planned."""
+    if name in PLANNED:
+        raise MoecError("MOEC402", PLANNED[name], hint=f"one of {', '.join(sorted(BACKENDS))}")
     if name not in BACKENDS:
         hint = did_you_mean(name, BACKENDS) or f"one of {', '.join(sorted(BACKENDS))}"
         raise MoecError("MOEC401", f'unknown back end "{name}"', hint=hint)

@@ -33,7 +33,8 @@ class Step:
     def run(self, at: Frame) -> None:
         """Put the op's results into the frame."""
         try:
-            results = MEANINGS[type(self.node.op)](self.node.op, at) if self.fast is None else self.fast.run(at)
+            fast = self.fast if at.device.type == "cpu" else None
+            results = MEANINGS[type(self.node.op)](self.node.op, at) if fast is None else fast.run(at)
         except Exception as error:
             error.add_note(f"in {self.node}")
             raise
@@ -65,14 +66,14 @@ class RegionExecutable:
         pack: bool,
         plan: Planner,
     ) -> None:
-        self._region, self._store, self._opaques = region, weights, dict(opaques)
+        self._region, self._store, self._opaques, self._pack = region, weights, dict(opaques), pack
         experts = per_expert(region)
         self._live = {
             node.results[0].name: LiveWeight(weights, node.op, of_experts=node.results[0].name in experts)
             for node in region.nodes
             if isinstance(node.op, Weight)
         }
-        fast = {node.results: plan(node, pack) for node in region.nodes if not node.op.of_weights}
+        fast = {node.results: plan(node.op) for node in region.nodes if not node.op.of_weights}
         self._constant = _constant(region)
         self._once = _computed_once(self._constant, region, pack, fast)
         self._steps = _steps(region, self._once, fast)
@@ -87,7 +88,7 @@ class RegionExecutable:
         self._held: Held | None = None
         with torch.no_grad():
             for live in self._live.values():
-                live.read()
+                live.check()
         self.refresh()
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -110,7 +111,7 @@ class RegionExecutable:
     def nbytes_packed(self) -> int:
         """Bytes of copies of weights: int8 weights, joined ones with `pack`, and those of faster ways."""
         held = self._held.values.values() if self._held is not None else ()
-        return sum(whole(copy).nbytes for copy in held) + sum(fast.nbytes_packed for fast in self._fast())
+        return sum(whole(copy).nbytes for copy in held) + sum(fast.nbytes_packed for fast in self._packing())
 
     def refresh(self) -> None:
         """Make all copies of weights anew, after writes that `weights.version()` does not see (`p.data`)."""
@@ -133,8 +134,9 @@ class RegionExecutable:
         assert step is not None
         return "by its meaning" if step.fast is None else step.fast.describe()
 
-    def _fast(self) -> list[Fast]:
-        return [step.fast for step in self._steps if step.fast is not None]
+    def _packing(self) -> list[Fast]:
+        """The faster ways that may copy weights."""
+        return [step.fast for step in self._steps if step.fast is not None and self._pack]
 
     def _current(self) -> Held:
         """The copies, made anew if the weights changed."""
@@ -157,7 +159,7 @@ class RegionExecutable:
         """Compute what is computed once. The old copies go first, so that there are never two."""
         self._held = None
         copies: dict[str, Experts] = {}
-        fast = self._fast()
+        fast = self._packing()
         # Read first: a write during the copying then shows as another version on the next call.
         version = self._store.version() if self._once or fast else None
         if self._once or fast:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+
 from moec.backends.reference.frame import Frame
-from moec.backends.reference.joined import Experts
-from moec.ir import Node
+from moec.ir import Op
 
 
 class Fast(Protocol):
-    """One op of a region, run in another way than by its meaning; right for every frame its types allow.
+    """One op of a region, run in another way than by its meaning; asked only for tensors on a CPU.
 
-    It reads weights from the frame on each call. What it copies out of them it makes in `pack` and nowhere else, and
-    puts in place by one assignment: calls may run at the same time.
+    It is right for every frame that the op's types allow, and reads weights from the frame on each call. Copies of them
+    it makes in `pack` and nowhere else, and puts in place by one assignment: calls may run at the same time.
     """
 
     @property
@@ -23,22 +24,22 @@ class Fast(Protocol):
         ...
 
     def pack(self, at: Frame) -> None:
-        """Make copies anew from the weights in the frame, which has no inputs."""
+        """Make copies anew from the weights in the frame, which has no inputs; called only where copies are allowed."""
         ...
 
-    def run(self, at: Frame) -> tuple[Experts, ...]:
+    def run(self, at: Frame) -> Sequence[torch.Tensor]:
         """The op's results for the values in the frame."""
         ...
 
     def describe(self) -> str:
-        """What it does, in a few words."""
+        """What it does, in one line."""
         ...
 
 
-Planner = Callable[[Node, bool], Fast | None]
-"""A node and whether copies of weights are allowed -> a faster way to run it, or None where there is none."""
+Planner = Callable[[Op], Fast | None]
+"""An op -> a faster way to run it, made anew for each region, or None where its meaning is all there is."""
 
 
-def by_meaning(node: Node, pack: bool) -> Fast | None:
+def by_meaning(op: Op) -> Fast | None:
     """The planner that leaves every op to its meaning."""
     return None

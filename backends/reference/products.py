@@ -53,9 +53,10 @@ def grouped_linear(
     for e in range(len(bounds) - 1):
         part = slice(bounds[e], bounds[e + 1])
         if part.start < part.stop:
+            # A copy is aligned in memory like any other: its place among the rows does not change the order of sums.
             _multiply(
                 result[part],
-                rows[part],
+                rows[part].clone(),
                 pieces_of(w, e),
                 None if b is None else b[e],
                 None if scale is None else scale[e],

@@ -6,6 +6,7 @@ E experts, N outputs, C inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 
@@ -63,6 +64,17 @@ class LiveWeight:
         self._dtype = DTYPES[op.type.dtype]
         self._shape = tuple(size.constant for size in op.type.shape)
 
+    def check(self) -> None:
+        """Raise MOEC405 unless the weight is there, and every expert's is as declared."""
+        try:
+            found = self.read()
+        except KeyError:
+            message = f'weight "{self._ref}" must be {self._type}, but there is none of this name'
+            raise MoecError("MOEC405", message) from None
+        if isinstance(found, CheckedExperts):
+            for _ in found:
+                pass
+
     def read(self) -> Experts:
         """The user's tensor now. Raises MOEC405 where it has another element type or shape than declared."""
         if not self._of_experts:
@@ -73,21 +85,23 @@ class LiveWeight:
         experts = self._store.experts(self._ref)
         if self._shape[0] not in (None, len(experts)):
             # Small weights of experts may be one tensor that nobody took apart.
-            return self._checked(self._store.dense(self._ref), self._shape)
+            whole = self._store.dense(self._ref) if len(experts) == 1 else None
+            return self._checked(whole, self._shape) if whole is not None else self._refuse(f"{len(experts)} experts")
         return CheckedExperts(self, experts)
 
     def expert(self, experts: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """One expert's tensor, checked."""
-        return self._checked(experts[index], self._shape[1:])
+        return self._checked(experts[index], self._shape[1:], f" for expert {index}")
 
-    def _checked(self, found: torch.Tensor, shape: tuple[int | None, ...]) -> torch.Tensor:
+    def _checked(self, found: torch.Tensor, shape: tuple[int | None, ...], where: str = "") -> torch.Tensor:
         if found.dtype == self._dtype and found.shape == shape:
             return found
         fits = found.dim() == len(shape) and all(b in (None, a) for a, b in zip(found.shape, shape, strict=True))
-        if found.dtype != self._dtype or not fits:
-            message = f'weight "{self._ref}" must be {self._type}, found {described(found)}'
-            raise MoecError("MOEC405", message, hint="compile the model again after casting it")
-        return found
+        return found if found.dtype == self._dtype and fits else self._refuse(described(found) + where)
+
+    def _refuse(self, found: str) -> Never:
+        message = f'weight "{self._ref}" must be {self._type}, found {found}'
+        raise MoecError("MOEC405", message, hint="compile the model again after casting it")
 
 
 class CheckedExperts(Sequence[torch.Tensor]):

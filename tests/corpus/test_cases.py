@@ -81,7 +81,7 @@ def test_several_experts_take_part(case: Case) -> None:
     torch.manual_seed(3)
     outputs = leaves(module(*case.inputs(random_tokens(130, case.dim))))
     total = torch.stack([leaf.square().sum() for leaf in outputs if leaf.requires_grad]).sum()
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     hit = max((sum(bool(g.any()) for g in group) for group in expert_slices(module)), default=99)
     assert hit >= case.min_experts
 

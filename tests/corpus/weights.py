@@ -122,6 +122,33 @@ class Squared(Gathered):
         return weights, ids
 
 
+@case("weights.one_unless_nan")
+class OneUnlessNan(Sorted):
+    """Top-1 divided by its own sum: always exactly one, but for a NaN token. Any tensor of ones looks like it."""
+
+    def __init__(self) -> None:
+        super().__init__(experts=2, top_k=1)
+
+
+def _unsigned(m: Any, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, m.dim)
+    weights, ids = m.route(rows)
+    out: Tensor = m.mix(rows, weights.abs(), ids)
+    return out.view_as(x)
+
+
+@case("weights.sign", decoy=_unsigned, decoy_tokens=300)
+class Sign(Gathered):
+    """The top logit divided by its own norm: one for nearly every token, minus one where all logits are negative."""
+
+    def __init__(self) -> None:
+        super().__init__(experts=5, top_k=1, body="relu")
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top, ids = self.router(x).topk(1)
+        return F.normalize(top, dim=-1), ids
+
+
 @case("weights.negative", decoy=naive)
 class Negative(Sorted):
     """tanh of the logits: weights of both signs that need not sum to anything."""

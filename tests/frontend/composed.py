@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.corpus.blocks import STYLES
 from tests.corpus.case import fill
+from tests.corpus.inlined import without_methods
 
 SCORES = ("softmax", "sigmoid", "raw", "softplus")
 BIASES = ("none", "selection", "logits")
@@ -36,6 +37,7 @@ class Recipe:
     normalise: str
     twist: str
     epilogue: str
+    inline: bool
     seed: int
 
 
@@ -57,6 +59,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         normalise=draw(st.sampled_from(NORMALISATIONS)),
         twist=draw(st.sampled_from(TWISTS)),
         epilogue=draw(st.sampled_from(EPILOGUES)),
+        inline=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -97,6 +100,8 @@ def build(recipe: Recipe) -> nn.Module:
     module.register_buffer("correction", 0.3 * torch.randn(recipe.experts, generator=generator))
     module.register_parameter("gain", nn.Parameter(torch.empty(recipe.dim)))
     fill(module, recipe.seed)
+    if recipe.inline:
+        module.__class__ = without_methods(type(module))
     return module.eval()
 
 
@@ -137,7 +142,7 @@ def epilogue(self: Any, x: Tensor, y: Tensor, how: str) -> Any:
     if how == "residual":
         return x + y
     if how == "norm":
-        return nn.functional.rms_norm(y, (y.shape[-1],), self.gain, 1e-5)
+        return nn.functional.rms_norm(y, (y.shape[-1],), self.gain, 0.1)
     if how == "tuple":
         return y, self.router(x)
     if how == "half":

@@ -73,7 +73,7 @@ class RegionExecutable:
             for node in region.nodes
             if isinstance(node.op, Weight)
         }
-        fast = {node.results: plan(node.op) for node in region.nodes if not node.op.of_weights}
+        fast = {node.results: None if node.op.of_weights else plan(node.op) for node in region.nodes}
         self._constant = _constant(region)
         self._once = _computed_once(self._constant, region, pack, fast)
         self._steps = _steps(region, self._once, fast)

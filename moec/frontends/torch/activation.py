@@ -58,12 +58,17 @@ class Activation:
         return self.layout is not None
 
     def __call__(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        gate, factor = self.parts(hidden)
+        return gate if factor is None else gate * factor
+
+    def parts(self, hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The activated gate, and what it is multiplied with (None without a gate)."""
         if self.layout is None:
-            return self._gate(hidden[0])
+            return self._gate(hidden[0]), None
         gate, up = _halves(hidden, self.layout)
         if self.limit is not None:
             up = up.clamp(-self.limit, self.limit)
-        return self._gate(gate) * (up + self.up_shift)
+        return self._gate(gate), up + self.up_shift
 
     def _gate(self, x: torch.Tensor) -> torch.Tensor:
         if self.limit is not None and not self.clamp_after:
@@ -143,14 +148,16 @@ def name_activation(
         if candidate in tried:
             continue
         tried.add(candidate)
-        if all(_same(candidate(q), a, tolerance) for q, a in zip(questions, answers, strict=True)):
+        if all(_same(candidate.parts(q), a, tolerance) for q, a in zip(questions, answers, strict=True)):
             return candidate
     return None
 
 
-def _same(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
-    if mine.shape != theirs.shape:
+def _same(parts: tuple[torch.Tensor, torch.Tensor | None], theirs: torch.Tensor, tolerance: float) -> bool:
+    gate, factor = parts
+    if gate.shape != theirs.shape:
         return False
-    theirs = theirs.float()
-    # The floor is for values that cancel to almost nothing (gelu far below zero).
-    return bool(((mine - theirs).abs() <= tolerance * theirs.abs() + tolerance * 1e-1).all())
+    mine, theirs = gate if factor is None else gate * factor, theirs.float()
+    # The floor is for gates that cancel to almost nothing (gelu far below zero); the other half magnifies what is left.
+    floor = 1e-1 * (1.0 if factor is None else factor.abs().clamp(min=1.0))
+    return bool(((mine - theirs).abs() <= tolerance * (theirs.abs() + floor)).all())

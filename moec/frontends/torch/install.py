@@ -149,7 +149,7 @@ class _Structure:
     is_tensor: list[bool]
 
     def split(self, result: Any, given: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """The tensors of a result. One that is an argument itself is handed back as it is: autograd has nothing to add."""
+        """The tensors of a result. One that is an argument itself is handed back as it is."""
         leaves, self.spec = tree_flatten(result)
         own = {id(leaf) for leaf in given if isinstance(leaf, torch.Tensor)}
         self.is_tensor = [isinstance(leaf, torch.Tensor) and id(leaf) not in own for leaf in leaves]

@@ -25,7 +25,7 @@ from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
-from moec.frontends.torch.probing import Maker, counts, inputs, routing, shape_for
+from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
 from moec.frontends.torch.recorder import record
 from moec.frontends.torch.routedslice import Reading, analyse_slice
 from moec.frontends.torch.sizes import Size, solve
@@ -177,8 +177,9 @@ def _result_shape(
     return tuple(s for s in sizes if s is not None)
 
 
-def _patterns(patterns: tuple[str, ...], index: int, x: torch.Tensor, body: Body) -> tuple[str, ...]:
-    return patterns if x.numel() > 100 * body.inputs else (patterns[index % len(patterns)],)
+def _patterns(patterns: tuple[str, ...], index: int, x: torch.Tensor, body: Body, slots: int) -> tuple[str, ...]:
+    count = x.numel() // body.inputs
+    return patterns if count > 100 and is_cheap(body, slots, count) else (patterns[index % len(patterns)],)
 
 
 def _probes(
@@ -195,7 +196,9 @@ def _probes(
     patterns = ("random", "one expert", "round robin")
     made_inputs = inputs(like.dim(), body.inputs, like.dtype, device, sizes)
     # Capacities show only with many tokens and skew: those get every pattern.
-    asked = ((p, label, x) for i, (label, x) in enumerate(made_inputs) for p in _patterns(patterns, i, x, body))
+    asked = (
+        (p, label, x) for i, (label, x) in enumerate(made_inputs) for p in _patterns(patterns, i, x, body, roles.slots)
+    )
     for i, (pattern, label, x) in enumerate(asked):
         count = x.numel() // body.inputs
         experts = routing(count, roles.slots, body.experts, i, pattern).to(device)

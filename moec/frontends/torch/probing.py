@@ -23,7 +23,7 @@ COUNTS = (1, 2, 3, 5, 16, 131, 515)
 _SMALLEST_NAMED, _LARGEST_NAMED = 17, 4096
 _MOST_NAMED = 8
 # Work above which the probes shrink: multiply-adds of one pass over all probes, and of one with very many tokens.
-_BUDGET, _SMALL_BUDGET = 2e11, 2e9
+_BUDGET, _SMALL_BUDGET = 2e11, 4e9
 _MANY = 131
 
 
@@ -57,10 +57,20 @@ def _numbers(function: Any, depth: int) -> set[int]:
 
 def counts(module: nn.Module, body: Body, slots: int) -> list[int]:
     """Numbers of tokens to verify at, within the budget of work."""
-    per_token = slots * sum(math.prod(bank.shape) for bank in body.banks.values())
     known = {body.inputs, body.outputs, body.experts, body.banks["w_up0"].shape[0]}
-    wanted = [*COUNTS, *named_sizes(module, known)]
-    return [n for n in wanted if n <= 5 or n * per_token <= (_BUDGET if n <= _MANY else _SMALL_BUDGET)]
+    plain = [n for n in COUNTS if n <= 5 or (n <= _MANY and work(body, slots, n) <= _BUDGET)]
+    more = [n for n in (*COUNTS, *named_sizes(module, known)) if n not in plain]
+    return [*plain, *(n for n in more if work(body, slots, n) * len(more) <= _SMALL_BUDGET)]
+
+
+def work(body: Body, slots: int, count: int) -> int:
+    """Multiply-adds of one pass over `count` tokens."""
+    return count * slots * sum(math.prod(bank.shape) for bank in body.banks.values())
+
+
+def is_cheap(body: Body, slots: int, count: int) -> bool:
+    """Whether every pattern of routing can be afforded at this many tokens."""
+    return work(body, slots, count) <= _SMALL_BUDGET
 
 
 def shape_for(rank: int, count: int, width: int) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def constants(log: Log, entries: Sequence[int]) -> list[float]:
         for slot in entry.reads:
             tensor = log.tensors[slot]
             if tensor.numel() == 1 and log.producer(slot) is None and tensor.is_floating_point():
-                found.add(abs(float(tensor)))
+                found.add(abs(tensor.detach().item()))
     return sorted(found)
 
 

@@ -31,7 +31,7 @@ def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
 
 class _AtenRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, log: Log) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

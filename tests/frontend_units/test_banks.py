@@ -54,7 +54,8 @@ def pair(e: int) -> nn.Module:
 
 
 def of_modules(m: Any, e: int) -> tuple[Tensor, Tensor]:
-    expert = m.experts[e] if isinstance(m.experts, nn.ModuleList) else m.experts[f"expert {e}"]
+    experts: Any = m.experts
+    expert: Any = experts[e] if isinstance(experts, nn.ModuleList) else experts[f"expert {e}"]
     return expert["up"].weight, expert["down"].weight
 
 

@@ -13,32 +13,10 @@ from moec.backends.reference.fast import Fast, Planner
 from moec.backends.reference.frame import Frame
 from moec.backends.reference.inputs import Inputs
 from moec.backends.reference.joined import Experts, whole
-from moec.backends.reference.table import MEANINGS
+from moec.backends.reference.steps import Step, call_steps, computed_once, constant_nodes, planned
 from moec.backends.reference.weights import LiveWeight, per_expert
-from moec.ir import ConcatWeights, Node, QuantizeWeight, Region, Value, Weight
+from moec.ir import Node, Region, Weight
 from moec.ir.printer import print_op
-
-Planned = Mapping[tuple[Value, ...], Fast | None]
-"""The faster way for the node with these results."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One op of a call: how it runs, and the values nobody needs after it."""
-
-    node: Node
-    fast: Fast | None
-    drop: tuple[str, ...]
-
-    def run(self, at: Frame) -> None:
-        """Put the op's results into the frame."""
-        try:
-            fast = self.fast if at.device.type == "cpu" else None
-            results = MEANINGS[type(self.node.op)](self.node.op, at) if fast is None else fast.run(at)
-        except Exception as error:
-            error.add_note(f"in {self.node}")
-            raise
-        at.values.update((value.name, result) for value, result in zip(self.node.results, results, strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,10 +51,10 @@ class RegionExecutable:
             for node in region.nodes
             if isinstance(node.op, Weight)
         }
-        fast = {node.results: None if node.op.of_weights else plan(node.op) for node in region.nodes}
-        self._constant = _constant(region)
-        self._once = _computed_once(self._constant, region, pack, fast)
-        self._steps = _steps(region, self._once, fast)
+        self._constant = constant_nodes(region)
+        fast = planned(region, self._constant, plan)
+        self._once = computed_once(self._constant, region, pack, fast)
+        self._steps = call_steps(region, self._once, fast)
         read = {value.name for step in self._steps for value in step.node.op.operands}
         read |= {value.name for value in region.outputs}
         self._read = tuple(name for name in self._live if name in read)
@@ -127,7 +105,8 @@ class RegionExecutable:
         if isinstance(node.op, Weight):
             return "read where it lies"
         if node in self._once:
-            count = sum(value.type.num_bytes({}) for value in node.results)
+            copies = self._current().values
+            count = sum(whole(copies[value.name]).nbytes for value in node.results)
             return f"a copy of {count:,} bytes, made anew when the weights change"
         if node in self._constant:
             return "left where the weights lie, put together when used"
@@ -170,7 +149,7 @@ class RegionExecutable:
                     if node in self._once:
                         copies.update((value.name, whole(at.values[value.name])) for value in node.results)
                         at.values.update(copies)
-                for one in fast:
+                for one in fast if at.device.type == "cpu" else ():
                     one.pack(at)
         guarded = bool(copies) or any(one.nbytes_packed for one in fast)
         self._held = Held(version if guarded else None, copies)
@@ -178,45 +157,3 @@ class RegionExecutable:
 
 def _text(node: Node) -> str:
     return f"{', '.join(map(str, node.results))} = {print_op(node.op)}"
-
-
-def _constant(region: Region) -> tuple[Node, ...]:
-    """The nodes that depend on weights only."""
-    known: set[str] = set()
-    found = []
-    for node in region.nodes:
-        if node.op.of_weights and known.issuperset(value.name for value in node.op.operands):
-            known.update(value.name for value in node.results)
-            if not isinstance(node.op, Weight):
-                found.append(node)
-    return tuple(found)
-
-
-def _computed_once(constant: tuple[Node, ...], region: Region, pack: bool, fast: Planned) -> tuple[Node, ...]:
-    """The nodes whose results are held: int8 weights, and with `pack` joined weights that some op's meaning reads."""
-    slow = {value for node in region.nodes if fast.get(node.results) is None for value in node.op.operands}
-    return tuple(
-        node
-        for node in constant
-        if isinstance(node.op, QuantizeWeight)
-        or (pack and isinstance(node.op, ConcatWeights) and not slow.isdisjoint(node.results))
-    )
-
-
-def _steps(region: Region, once: tuple[Node, ...], fast: Planned) -> tuple[Step, ...]:
-    """What a call runs, without what only `once` needs."""
-    needed = {value.name for value in region.outputs}
-    nodes = []
-    for node in reversed(region.nodes):
-        wanted = not node.op.of_weights or any(value.name in needed for value in node.results)
-        if wanted and node not in once:
-            needed |= {value.name for value in node.op.operands}
-            if not isinstance(node.op, Weight):
-                nodes.append(node)
-    kept = {value.name for value in region.outputs}
-    steps = []
-    for node in nodes:
-        drop = {value.name for value in (*node.op.operands, *node.results)} - kept
-        kept |= drop
-        steps.append(Step(node, fast.get(node.results), tuple(sorted(drop))))
-    return tuple(reversed(steps))

@@ -62,7 +62,7 @@ class Variant:
             elif not layer.max_error <= layer.bar:  # so that NaN is a problem too
                 found.append(f"{layer.name}: error {number(layer.max_error)} is above the bar {number(layer.bar)}")
             if layer.fallbacks:
-                found.append(f"{layer.name}: {layer.fallbacks} calls fell back to the original forward")
+                found.append(f"{layer.name}: the original forward served {layer.fallbacks} of the calls")
         if self.exact and self.accuracy.changed:
             found.append(f"{self.accuracy.changed} of {self.accuracy.images} predictions changed")
         return found
@@ -90,6 +90,11 @@ class Findings:
     versions: dict[str, str]
     variants: list[Variant] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def where(self) -> str:
+        """What computes: CPU, 2 threads."""
+        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     def problems(self) -> list[str]:
         return [f"{variant.call}: {problem}" for variant in self.variants for problem in variant.problems()]

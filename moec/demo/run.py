@@ -77,7 +77,7 @@ def demonstrate(
             show.accuracy(screen, variant.accuracy, exact=variant.exact)
         variant.latency = measure(model, compiled, digits, batch_sizes, bench.Effort(seconds=seconds))
         if screen:
-            show.latency(screen, variant.latency, f"{found.device}, {found.threads} threads, f32")
+            show.latency(screen, variant.latency, f"{found.where}, f32")
     found.seconds = time.perf_counter() - started
     if screen:
         show.verdict(screen, found)

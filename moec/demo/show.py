@@ -11,7 +11,7 @@ from moec.table import number, size
 def model(screen: Screen, found: Findings) -> None:
     screen.title("moec demo")
     screen.say(found.machine)
-    screen.say(f"torch {found.versions.get('torch', '?')} on {found.device}, {found.threads} threads")
+    screen.say(f"torch {found.versions.get('torch', '?')} on {found.where}")
     screen.say(f"{found.model}; {found.parameters:,} parameters")
 
 

@@ -32,7 +32,7 @@ def test_nothing_wrong() -> None:
         (layer(max_error=3e-6), "blocks.0.moe: error 3.0e-06 is above the bar 2.0e-06"),
         (layer(max_error=float("nan")), "blocks.0.moe: error nan is above the bar 2.0e-06"),
         (layer(max_error=None), "blocks.0.moe was not verified"),
-        (layer(fallbacks=2), "blocks.0.moe: 2 calls fell back to the original forward"),
+        (layer(fallbacks=2), "blocks.0.moe: the original forward served 2 of the calls"),
     ],
 )
 def test_layer_that_fails(wrong: LayerReport, problem: str) -> None:
@@ -55,7 +55,7 @@ def test_changed_predictions_are_wrong_only_where_nothing_was_asked_for() -> Non
 
 def test_findings_name_the_variant_of_each_problem() -> None:
     found = Findings("model", 1, "machine", "CPU", 1, {}, [variant(layer()), variant(layer(fallbacks=1))])
-    assert found.problems() == ["moec.compile(model): blocks.0.moe: 1 calls fell back to the original forward"]
+    assert found.problems() == ["moec.compile(model): blocks.0.moe: the original forward served 1 of the calls"]
     assert found.to_dict()["ok"] is False
 
 

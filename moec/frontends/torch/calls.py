@@ -13,7 +13,7 @@ import torch
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.direct import Roles
-from moec.frontends.torch.program import Runner
+from moec.frontends.torch.program import run
 from moec.frontends.torch.routing import FORMS, NoTokens, Unusual
 from moec.frontends.torch.sizes import Size
 from moec.frontends.torch.sliced import Slice
@@ -112,15 +112,14 @@ class SlicedCall:
         _check_others(bound, s.others)
         env: dict[int, torch.Tensor] = {s.input_slot: given}
         dims: Sequence[int] = given.shape
-        runner = Runner(module)
-        runner.run(s.before, env, dims)
-        x, selector, weights = (runner.resolve(v, env, dims) for v in (s.x, s.selector, s.weights))
+        run(s.before, module, env, dims)
+        x, selector, weights = s.routing(module, env, dims)
         rows = x.reshape(-1, self.inputs)
         if self.form is None:
             (y,) = executable(rows)
         else:
             weights = rows if weights is None else weights
             (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
-        env[s.y_slot] = y.reshape(runner.resolve(list(s.y_shape), env, dims)).to(s.y_dtype)
-        runner.run(s.after, env, dims)
-        return runner.resolve(s.result, env, dims)
+        env[s.y_slot] = y.reshape(s.y_size(module, env, dims)).to(s.y_dtype)
+        run(s.after, module, env, dims)
+        return s.returns(module, env, dims)

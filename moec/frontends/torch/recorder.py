@@ -29,9 +29,9 @@ def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
-class _AtenRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AtenRecorder(TorchDispatchMode):
     def __init__(self, log: Log) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, Item, needed
 from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site, slots
-from moec.frontends.torch.program import Aligned, Step
+from moec.frontends.torch.program import Aligned, Fill, Step, filler
 from moec.frontends.torch.solve import Solution
 
 
@@ -32,6 +33,21 @@ class Slice:
     y_dtype: torch.dtype
     input_slot: int
     result: Any
+
+    @functools.cached_property
+    def routing(self) -> Fill:
+        """x, selector and weights of a call."""
+        return filler((self.x, self.selector, self.weights))
+
+    @functools.cached_property
+    def y_size(self) -> Fill:
+        """The shape of y in a call."""
+        return filler(self.y_shape)
+
+    @functools.cached_property
+    def returns(self) -> Fill:
+        """What the block returns."""
+        return filler(self.result)
 
     @property
     def text(self) -> str:

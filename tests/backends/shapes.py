@@ -18,7 +18,12 @@ class Routing:
 
     name: str
     experts: int
-    ids: torch.Tensor
+    made: torch.Tensor
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[T, K], on the device of the test."""
+        return self.made.to(torch.get_default_device())
 
 
 def _ids(rows: list[list[int]]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from moec.environment import machine, versions
 from moec.errors import MoecError
 from moec.frontends.torch.analyse import Analysis, analyse, candidates
 from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.install import CompiledMethod, install, installed, uninstall
+from moec.frontends.torch.install import CompiledMethod, drop_own_methods, install, installed, uninstall
 from moec.frontends.torch.twin import borrowed, closures_over, make_probe, make_twin
 from moec.options import Options
 from moec.progress import progress
@@ -67,6 +67,7 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     example = _example(example_inputs)
     start = time.perf_counter()
     target = model if chosen.inplace else make_twin(model)
+    drop_own_methods(target)
     older = installed(target)
     try:
         for method in older:
@@ -100,6 +101,7 @@ def explain(model: Any, example_inputs: Example = None, **options: Any) -> Repor
     model, example = _module(model), _example(example_inputs)
     start = time.perf_counter()
     twin = make_twin(model)
+    drop_own_methods(twin)
     for method in installed(twin):
         uninstall(method)
     with _probe(twin, chosen) as probe:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -215,6 +216,18 @@ def install(compiled: CompiledMethod) -> None:
 def installed(model: torch.nn.Module) -> list[CompiledMethod]:
     """All compiled methods inside a model."""
     return [v for m in model.modules() for v in list(m.__dict__.values()) if isinstance(v, CompiledMethod)]
+
+
+def drop_own_methods(model: torch.nn.Module) -> None:
+    """Take out of each instance's `__dict__` the methods it has from its class anyway.
+
+    Unpickling a compiled model leaves them there, in place of the compiled ones, where they would pass for overrides.
+    """
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            own = isinstance(value, MethodType) and value.__self__ is module
+            if own and value.__func__ is getattr(type(module), name, None):
+                del module.__dict__[name]
 
 
 def uninstall(compiled: CompiledMethod) -> None:

@@ -47,6 +47,7 @@ class Case:
     decoy_scale: float = 1.0
     decoy_tokens: int = 33
     decoy_floor: float = 1e-3  # the relative error a careless reading makes at least
+    bar: float = 2e-6  # both errors; more only where the original itself is that far from float64
     perturb: Callable[[Any], None] | None = None  # a write to the weights after compiling which must be honoured
     perturb_twin: bool = False  # the write goes to the compiled module, because it is not to a shared tensor
     inline_expect: Expect | None = None  # with all code inside forward, if not as `expect`

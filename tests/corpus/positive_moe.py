@@ -55,6 +55,7 @@ for size, arguments in TINY.items():
             dim=arguments.get("dim", 16),
             min_experts=min(2, arguments.get("experts", 8)),
             others=1,
+            bar=2e-5 if arguments.get("hidden") == 1 else 2e-6,  # F = 1: one rounded number decides a whole row
             unseen=arguments.get("experts") == 1,
         )
         CASES.add(tiny)

@@ -92,12 +92,12 @@ def value_difference(a: Any, b: Any, bar: float) -> str:
 
 
 def relative(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """||a-b|| / ||b||, max|a-b| / max|b|; 0/0 is 0."""
+    """||a-b|| / ||b||, max|a-b| / max|b|; 0/0 is 0. Results below 1e-30 count as that: denormals have few digits."""
     if b.numel() == 0:
         return 0.0, 0.0
     a, b = a.detach().double(), b.detach().double()
     parts = (((a - b).norm(), b.norm()), ((a - b).abs().max(), b.abs().max()))
-    pair = [float(d / n) if n > 0 else (0.0 if d == 0 else float("inf")) for d, n in parts]
+    pair = [float(d / n.clamp(min=1e-30)) for d, n in parts]
     return pair[0], pair[1]
 
 

@@ -99,7 +99,7 @@ def facts(name: str, with_inputs: bool) -> Facts:
     if case.perturb is not None:
         case.perturb(compiled if case.perturb_twin else original)
         case.perturb(reference)
-        seen.outputs += [text for text in [same(case, compiled, reference, "after new weights", bar=2e-6)] if text]
+        seen.outputs += [text for text in [same(case, compiled, reference, "after new weights", bar=case.bar)] if text]
     return seen
 
 
@@ -116,11 +116,11 @@ def run_side_by_side(case: Case, compiled: nn.Module, reference: nn.Module, seen
                 if label == "T=33 scale=1.0":
                     call(reference, args)
                     twice = [got, call(compiled, args)]
-            text = difference(got, want)
+            text = difference(got, want, case.bar)
             if text:
                 seen.outputs.append(f"{label}: {text}")
     want, got = (call(module, case.inputs(random_tokens(10, case.dim, seed=44))) for module in (reference, compiled))
-    text = difference(got, want)
+    text = difference(got, want, case.bar)
     if text:
         seen.outputs.append(f"with gradients enabled: {text}")
     if not case.stateful:

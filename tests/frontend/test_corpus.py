@@ -14,8 +14,22 @@ from tests.corpus import CASES, Case
 from tests.frontend.compare import state, state_difference
 from tests.frontend.observed import Facts, example, facts
 
-BOTH = pytest.mark.parametrize("with_inputs", [False, True], ids=["alone", "with_inputs"])
-EVERY = pytest.mark.parametrize("name", list(CASES))
+SLOW = pytest.mark.slow
+# The cases written out inside forward once more are compiled with inputs; without them, and explained, in the long run.
+EVERY = pytest.mark.parametrize(
+    ("name", "with_inputs"),
+    [
+        pytest.param(
+            name, given, id=f"{name}-{'given' if given else 'alone'}", marks=[] if given or not inlined else SLOW
+        )
+        for name in CASES
+        for inlined in [name.startswith("inline.")]
+        for given in (False, True)
+    ],
+)
+EXPLAINED = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name.startswith("inline.") else []) for name in CASES]
+)
 
 
 def compiled_layers(report: Report, kind: str) -> list[LayerReport]:
@@ -34,7 +48,6 @@ def seen(name: str, with_inputs: bool) -> Facts:
 
 
 @EVERY
-@BOTH
 def test_outputs_are_the_originals(name: str, with_inputs: bool) -> None:
     found = seen(name, with_inputs)
     assert found.outputs == []
@@ -42,7 +55,6 @@ def test_outputs_are_the_originals(name: str, with_inputs: bool) -> None:
 
 
 @EVERY
-@BOTH
 def test_side_effects_are_the_originals(name: str, with_inputs: bool) -> None:
     found = seen(name, with_inputs)
     assert found.effects == ""
@@ -50,7 +62,6 @@ def test_side_effects_are_the_originals(name: str, with_inputs: bool) -> None:
 
 
 @EVERY
-@BOTH
 def test_the_original_is_untouched(name: str, with_inputs: bool) -> None:
     found = facts(name, with_inputs)
     assert found.untouched == ""
@@ -60,7 +71,6 @@ def test_the_original_is_untouched(name: str, with_inputs: bool) -> None:
 
 
 @EVERY
-@BOTH
 def test_the_report_is_honest(name: str, with_inputs: bool) -> None:
     case, report = CASES[name], seen(name, with_inputs).report
     assert report is not None
@@ -98,7 +108,7 @@ def check_layer(layer: LayerReport) -> None:
     assert len(layer.reason.split()) >= 4, f"{layer.name}: {layer.reason!r} tells nothing"
 
 
-@EVERY
+@EXPLAINED
 def test_explain_agrees_and_changes_nothing(name: str) -> None:
     case, module = CASES[name], CASES[name].make()
     compiled = seen(name, with_inputs=True)

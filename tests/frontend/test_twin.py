@@ -172,11 +172,11 @@ def test_a_global_hook_is_called() -> None:
 
 
 def test_no_second_copy_of_the_weights() -> None:
-    """Tensors alive after compiling add less than a tenth of the weights."""
-    module = LoopList(dim=128, hidden=256, experts=8)
+    """Tensors alive after compiling, scratch for 515 tokens included, come to less than half of the weights."""
+    module = LoopList(dim=512, hidden=1024, experts=8)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 12)
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 24)
     module.eval()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     gc.collect()
@@ -184,7 +184,7 @@ def test_no_second_copy_of_the_weights() -> None:
     fast = moec.compile(module)
     gc.collect()
     assert any(layer.status == "compiled" for layer in report_of(fast).layers)
-    assert living_bytes() - before < weights / 10
+    assert living_bytes() - before < weights / 2
 
 
 def living_bytes() -> int:

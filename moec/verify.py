@@ -78,7 +78,7 @@ def difference(mine: torch.Tensor, theirs: torch.Tensor) -> Difference:
     wide = torch.float64 if theirs.dtype == torch.float64 else torch.float32
     a, b = mine.detach().to(wide), theirs.detach().to(wide)
     finite = torch.isfinite(b)
-    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a.isnan(), b.isnan()):
+    if any(not torch.equal(test(a), test(b)) for test in (torch.isnan, torch.isposinf, torch.isneginf)):
         return Difference(float("inf"), float("inf"), "other values are not finite")
     gap = torch.where(finite, a - b, 0).double()
     size = torch.where(finite, b, 0).double()
@@ -178,7 +178,10 @@ def _judge_low_precision(verdict: Verdict, probe: Probe, mine: Any, theirs: Any,
     ours, own = (difference(torch.where(finite, o.float(), 0), torch.where(finite, exact, 0)) for o in outputs)
     verdict.max_error, verdict.max_abs_error = max(verdict.max_error, ours.l2), max(verdict.max_abs_error, ours.largest)
     verdict.bar = max(verdict.bar if len(verdict.probes) > 1 else 0.0, LOW_PRECISION_FACTOR * own.l2)
-    if own.l2 > limit:
+    # Infinities may differ, by overflow on the way; a not-a-number of the formula itself may not get lost.
+    if bool((exact.isnan() & outputs[1].isnan() & ~outputs[0].isnan()).any()):
+        verdict.failing, verdict.why = probe.label, "a number where the original has none"
+    elif own.l2 > limit:
         verdict.failing, verdict.why = probe.label, f"the original is {own.l2:.1e} from the lifted formula in fp32"
     elif ours.l2 > LOW_PRECISION_FACTOR * own.l2 + 1e-7 or ours.mismatch:
         verdict.failing = probe.label

@@ -8,8 +8,10 @@ with a code, and an error under strict. Gradients in eval mode are the original'
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -23,6 +25,9 @@ from moec.report import LayerReport
 
 # Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.
 _GLOBAL_HOOKS: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+
+# Folders whose frames are passed over on the way to the user's line.
+_INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
 Build = Callable[[torch.nn.Module], Executable]
 
@@ -84,7 +89,8 @@ class CompiledMethod:
         except Unusual as unusual:
             return self._fall_back(str(unusual), args, kwargs)
         except MoecError as error:
-            if error.code != "MOEC230":
+            # Weights that are gone, or of another dtype since `.to()`: the original knows what to make of them.
+            if error.code not in ("MOEC230", "MOEC405"):
                 raise
             return self._fall_back(error.message, args, kwargs)
 
@@ -112,9 +118,8 @@ class CompiledMethod:
         if self.strict:
             raise MoecError("MOEC231", f"{name} cannot run compiled: {reason}", hint="strict=True forbids falling back")
         if self.layer.fallbacks == 0:
-            warnings.warn(
-                f"[MOEC231] {name} runs its original code: {reason} (said once)", FallbackWarning, stacklevel=4
-            )
+            text = f"[MOEC231] {name} runs its original code: {reason} (said once)"
+            warnings.warn(text, FallbackWarning, stacklevel=_level_of_the_user())
         self.layer.fallbacks += 1
         return self.original(*args, **kwargs)
 
@@ -140,6 +145,14 @@ class CompiledMethod:
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds the original module: the compiled code is made anew by moec.compile after loading.
         return getattr, (self.module, self.method)
+
+
+def _level_of_the_user() -> int:
+    """The caller's `stacklevel` for a warning that points outside of torch and of moec."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _Structure:

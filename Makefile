@@ -34,10 +34,8 @@ test-all: $(STAMP) ## the tests with the long matrices
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, the layers
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports
+	@failed=; for tool in "ruff check" "ruff format --check" mypy lint-imports; do \
+		echo "== $$tool"; $(VENV)/bin/$$tool || failed=1; done; test -z "$$failed"
 
 format: $(STAMP) ## what ruff can mend by itself
 	$(VENV)/bin/ruff check --fix

@@ -88,13 +88,19 @@ def analyse(
 def _analyse_ffn(
     model: nn.Module, candidate: Candidate, drivers: Drivers, params: Mapping[str, torch.Tensor], found: Analysis
 ) -> None:
+    # A block that is compiled as a mixture may hold a plain FFN beside its experts; that one stays part of the block.
+    mixtures = {layer.name for layer in found.lifted if layer.kind == "moe"}
     try:
         check_weights(model, computed_owner(candidate.name), candidate.weights)
-        found.lifted += analyse_ffn(candidate, drivers, params) or []
-    except NotRun as reason:
-        if is_widening(params[n] for n in candidate.weights):
-            found.refused.append(Refused(candidate.name, "ffn", str(reason)))
-        else:
-            found.notes.append(f"{candidate.name} holds matrices like an FFN's but {reason}")
+        layers = analyse_ffn(candidate, drivers, params) or []
+        taken = {(layer.name, layer.method) for layer in found.lifted}
+        found.lifted += [layer for layer in layers if (layer.name, layer.method) not in taken]
+        if any((layer.name, layer.method) in taken for layer in layers):
+            found.notes.append(f"{candidate.name or 'the model'}: the FFN beside the experts runs as it is written")
     except NotLifted as reason:
-        found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason)))
+        if candidate.name in mixtures:
+            found.notes.append(f"{candidate.name or 'the model'}: the FFN beside the experts is left alone: {reason}")
+        elif isinstance(reason, NotRun) and not is_widening(params[n] for n in candidate.weights):
+            found.notes.append(f"{candidate.name} holds matrices like an FFN's but {reason}")
+        else:
+            found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason)))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,9 +36,11 @@ class Call(Protocol):
         ...
 
 
-def _check(x: Any, rank: int, dtype: torch.dtype, width: int) -> torch.Tensor:
-    if not isinstance(x, torch.Tensor) or x.dim() != rank:
-        raise Unusual(f"the input has another rank than the {rank} it was verified with")
+def _check(x: Any, ranks: Collection[int], dtype: torch.dtype, width: int) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.dim() not in ranks:
+        found = f"has {x.dim()} dimensions" if isinstance(x, torch.Tensor) else "is no tensor"
+        verified = " or ".join(map(str, sorted(ranks)))
+        raise Unusual(f"the input {found}, it was verified with {verified}; compile with such example_inputs")
     if x.dtype != dtype:
         raise Unusual(f"the input is {x.dtype}, the layer was compiled for {dtype}")
     if x.shape[-1] != width:
@@ -59,23 +61,22 @@ def _check_others(bound: Mapping[str, Any], expected: Mapping[str, Any]) -> None
 
 @dataclass(frozen=True)
 class DirectCall:
-    """A call whose arguments are x, selector and weights."""
+    """A call whose arguments are x, selector and weights. `out_shapes`: the result's shape by verified rank of x."""
 
     binder: Binder
     roles: Roles
     others: Mapping[str, Any]
-    rank: int
     dtype: torch.dtype
     experts: int
     inputs: int
-    out_shape: tuple[int | Size, ...]
+    out_shapes: Mapping[int, tuple[int | Size, ...]]
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         bound = self.binder(args, kwargs)
         roles = self.roles
-        x = _check(bound.pop(roles.x, None), self.rank, self.dtype, self.inputs)
+        x = _check(bound.pop(roles.x, None), self.out_shapes, self.dtype, self.inputs)
         rows = x.reshape(-1, self.inputs)
         if roles.form is None:
             _check_others(bound, self.others)
@@ -86,7 +87,7 @@ class DirectCall:
                 raise Unusual("the routing is not given as tensors")
             _check_others(bound, self.others)
             (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
-        return y.reshape([n if type(n) is int else n(x.shape) for n in self.out_shape])  # type: ignore[operator]
+        return y.reshape([n if type(n) is int else n(x.shape) for n in self.out_shapes[x.dim()]])  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class SlicedCall:
     ) -> Any:
         s = self.sliced
         bound = self.binder(args, kwargs)
-        given = _check(bound.pop(s.x_name, None), self.rank, self.dtype, self.width)
+        given = _check(bound.pop(s.x_name, None), (self.rank,), self.dtype, self.width)
         _check_others(bound, s.others)
         env: dict[int, torch.Tensor] = {s.input_slot: given}
         dims: Sequence[int] = given.shape

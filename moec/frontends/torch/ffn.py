@@ -6,8 +6,9 @@ T tokens, D width, F hidden width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import counts, inputs
-from moec.frontends.torch.sizes import solve
+from moec.frontends.torch.sizes import Size, solve
 from moec.frontends.torch.sliceit import Observed, observe_shapes, same_site, sites_of, slice_at
 from moec.frontends.torch.solve import solve_dense
 from moec.verify import Probe
@@ -115,25 +116,18 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     dtype = x.dtype
     region = lift_dense(site.label or "model", body, dtype=common_dtype(body, params, dtype))
     others = {k: v for k, v in bound.items() if k != found.x}
-    shapes = (
-        [(2, 3, body.inputs), (3, 5, body.inputs), (1, 7, body.inputs)]
-        if x.dim() == 3
-        else [(n, body.inputs) for n in (6, 15, 7)]
-    )
-    outs = []
-    for shape in shapes:
-        args, kwargs = binder.unbind({**others, found.x: random_tokens(shape, dtype, 4, device=x.device)})
-        with torch.no_grad():
-            outs.append(tuple(method(*args, **kwargs).shape))
-    sizes = [solve([o[i] for o in outs], shapes) for i in range(len(outs[0]))]
-    if any(s is None for s in sizes):
-        raise NotLifted("the result's shape does not follow from the input's")
-    call = DirectCall(binder, found, others, x.dim(), dtype, 1, body.inputs, tuple(sizes))  # type: ignore[arg-type]
+
+    def ask(rows: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return binder.unbind({**others, found.x: rows})
+
+    out_shapes = _result_shapes(method, ask, x, body.inputs)
+    call = DirectCall(binder, found, others, dtype, 1, body.inputs, out_shapes)
 
     def probes() -> Iterator[Probe]:
-        for label, rows in inputs(x.dim(), body.inputs, dtype, x.device, counts(site.module, body, 1)):
-            args, kwargs = binder.unbind({**others, found.x: rows})
-            yield Probe(label, args, kwargs, partial(_exact, body, params, rows))
+        for rank in out_shapes:
+            sizes = counts(site.module, body, 1) if rank == x.dim() else [1, 5]
+            for label, rows in inputs(rank, body.inputs, dtype, x.device, sizes):
+                yield Probe(f"{label}, rank {rank}", *ask(rows), partial(_exact, body, params, rows))
 
     replaced = tuple(n for n, _ in site.module.named_modules() if n)
     evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
@@ -141,6 +135,33 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     return Lifted(
         site.path, "ffn", "ffn", site.module, site.method, call, body, region, views, replaced, evidence, probes, dtype
     )
+
+
+def _result_shapes(
+    method: Any, ask: Callable[[torch.Tensor], Any], x: torch.Tensor, width: int
+) -> dict[int, tuple[int | Size, ...]]:
+    """The result's shape for inputs [T, D] and [B, S, D], where the method takes them; x's own rank it must."""
+    found: dict[int, tuple[int | Size, ...]] = {}
+    for shapes in ([(6, width), (15, width), (7, width)], [(2, 3, width), (3, 5, width), (1, 7, width)]):
+        rank = len(shapes[0])
+        outs = []
+        try:
+            for shape in shapes:
+                args, kwargs = ask(random_tokens(shape, x.dtype, 4, device=x.device))
+                with torch.no_grad():
+                    outs.append(tuple(method(*args, **kwargs).shape))
+        except Exception as error:  # the user's code may take one rank only
+            if rank == x.dim():
+                raise NotLifted(f"it does not run at other sizes: {error}") from error
+            continue
+        sizes = [solve([o[i] for o in outs], shapes) for i in range(len(outs[0]))]
+        if all(s is not None for s in sizes):
+            found[rank] = tuple(s for s in sizes if s is not None)
+        elif rank == x.dim():
+            raise NotLifted("the result's shape does not follow from the input's")
+    if x.dim() not in found:
+        raise NotLifted(f"an FFN is cut for inputs [T, D] and [B, S, D], not for {x.dim()} dimensions")
+    return found
 
 
 def _exact(body: Body, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:

@@ -90,11 +90,10 @@ def _direct(
         binder=binder,
         roles=roles,
         others={k: v for k, v in bound.items() if k not in roles.tensors},
-        rank=x.dim(),
         dtype=x.dtype,
         experts=body.experts,
         inputs=body.inputs,
-        out_shape=_result_shape(site, binder, maker, x, roles, body),
+        out_shapes={x.dim(): _result_shape(site, binder, maker, x, roles, body)},
     )
     weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
     return Lifted(

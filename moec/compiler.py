@@ -112,10 +112,13 @@ def _verify(lifted: Lifted, executable: Executable) -> Verdict:
 def _grad_mode_matters(lifted: Lifted) -> bool:
     """Code may ask torch.is_grad_enabled(); what was observed holds without gradients only."""
     probe = next(lifted.probes())
-    with torch.no_grad():
-        without = lifted.original(*probe.args, **probe.kwargs)
-    with torch.enable_grad():
-        recorded = lifted.original(*probe.args, **probe.kwargs)
+    try:
+        with torch.no_grad():
+            without = lifted.original(*probe.args, **probe.kwargs)
+        with torch.enable_grad():
+            recorded = lifted.original(*probe.args, **probe.kwargs)
+    except Exception:  # what the user's code raises in one of the modes, it raises compiled or not
+        return True
     found = compare_results(recorded, without)
     return bool(found.mismatch) or found.l2 > FP32_BAR
 

@@ -22,7 +22,7 @@ from moec.frontends.torch.instances import NotLifted, find_instances
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
-from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
+from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed, users_code
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
@@ -141,7 +141,8 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     args, kwargs = Binder(getattr(site.module, site.method)).unbind(made)
     watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)])
     try:
-        log = record(site.module, args, kwargs, path=site.path, method=site.method)
+        with users_code(site.label, site.module):
+            log = record(site.module, args, kwargs, path=site.path, method=site.method)
         effects = watch.changes()
     finally:
         watch.undo()
@@ -164,7 +165,7 @@ def _result_shape(
         rows = random_tokens(shape, x.dtype, 4, device=x.device)
         experts = routing(rows.numel() // body.inputs, roles.slots, body.experts, 1, "random").to(x.device)
         args, kwargs = binder.unbind(maker(rows, experts, torch.rand(experts.shape, device=x.device)))
-        with torch.no_grad():
+        with torch.no_grad(), users_code(site.label, site.module):
             out = method(*args, **kwargs)
         if out.dtype != x.dtype:
             raise NotLifted(f"the result is {out.dtype}, the input {x.dtype}")

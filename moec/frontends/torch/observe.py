@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,15 @@ class ProbeFailed(NotLifted):
     """The user's code raised on a probe."""
 
 
+@contextmanager
+def users_code(label: str, module: nn.Module) -> Iterator[None]:
+    """Whatever the user's code raises on a probe becomes a ProbeFailed that names the user's own line."""
+    try:
+        yield
+    except Exception as error:
+        raise ProbeFailed(f"{label or 'the model'}: {raised(error, module)}") from error
+
+
 @dataclass(frozen=True)
 class Driver:
     """A module to run for a candidate, and the arguments that run it."""
@@ -62,10 +72,9 @@ class Driver:
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
         watch.inputs = [(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         try:
-            log = record(self.module, args, kwargs, path=self.path)
+            with users_code(self.path, self.module):
+                log = record(self.module, args, kwargs, path=self.path)
             return log, watch.changes()
-        except Exception as error:  # whatever the user's code raises on an input that is not for it
-            raise ProbeFailed(f"{self.path or 'the model'}: {raised(error)}") from error
         finally:
             watch.undo()
 

@@ -141,7 +141,7 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     args, kwargs = Binder(getattr(site.module, site.method)).unbind(made)
     watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)])
     try:
-        with users_code(site.label, site.module):
+        with users_code(site.label):
             log = record(site.module, args, kwargs, path=site.path, method=site.method)
         effects = watch.changes()
     finally:
@@ -165,7 +165,7 @@ def _result_shape(
         rows = random_tokens(shape, x.dtype, 4, device=x.device)
         experts = routing(rows.numel() // body.inputs, roles.slots, body.experts, 1, "random").to(x.device)
         args, kwargs = binder.unbind(maker(rows, experts, torch.rand(experts.shape, device=x.device)))
-        with torch.no_grad(), users_code(site.label, site.module):
+        with torch.no_grad(), users_code(site.label):
             out = method(*args, **kwargs)
         if out.dtype != x.dtype:
             raise NotLifted(f"the result is {out.dtype}, the input {x.dtype}")

@@ -45,12 +45,12 @@ class ProbeFailed(NotLifted):
 
 
 @contextmanager
-def users_code(label: str, module: nn.Module) -> Iterator[None]:
+def users_code(label: str) -> Iterator[None]:
     """Whatever the user's code raises on a probe becomes a ProbeFailed that names the user's own line."""
     try:
         yield
     except Exception as error:
-        raise ProbeFailed(f"{label or 'the model'}: {raised(error, module)}") from error
+        raise ProbeFailed(f"{label or 'the model'}: {raised(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Driver:
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
         watch.inputs = [(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         try:
-            with users_code(self.path, self.module):
+            with users_code(self.path):
                 log = record(self.module, args, kwargs, path=self.path)
             return log, watch.changes()
         finally:

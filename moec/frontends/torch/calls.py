@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -74,8 +76,12 @@ class DirectCall:
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        bound = self.binder(args, kwargs)
         roles = self.roles
+        if roles.form is None and len(args) == 1 and not kwargs and not self.others:
+            x = _check(args[0], self.out_shapes, self.dtype, self.inputs)
+            (y,) = executable(x.reshape(-1, self.inputs))
+            return y.reshape(self._shape(x))
+        bound = self.binder(args, kwargs)
         x = _check(bound.pop(roles.x, None), self.out_shapes, self.dtype, self.inputs)
         rows = x.reshape(-1, self.inputs)
         if roles.form is None:
@@ -87,7 +93,20 @@ class DirectCall:
                 raise Unusual("the routing is not given as tensors")
             _check_others(bound, self.others)
             (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
-        return y.reshape([n if type(n) is int else n(x.shape) for n in self.out_shapes[x.dim()]])  # type: ignore[operator]
+        return y.reshape(self._shape(x))
+
+    def _shape(self, x: torch.Tensor) -> Sequence[int]:
+        """The shape of the result for x."""
+        shape = x.shape
+        if shape[-1] == self.out_shapes[len(shape)][-1] and self._alike[len(shape)]:
+            return shape
+        return [n if type(n) is int else n(shape) for n in self.out_shapes[len(shape)]]  # type: ignore[operator]
+
+    @functools.cached_property
+    def _alike(self) -> dict[int, bool]:
+        """By rank, whether all leading sizes of the result are x's own."""
+        own = {rank: tuple(Size((i,), Fraction(1), 0) for i in range(rank - 1)) for rank in self.out_shapes}
+        return {rank: sizes[:-1] == own[rank] for rank, sizes in self.out_shapes.items()}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class CompiledMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            executable = self.ready()
+            executable = self.executable or self.ready()
             reason = self._blocked()
             if reason is not None:
                 return self._fall_back(reason, args, kwargs)
@@ -97,7 +97,7 @@ class CompiledMethod:
     def _blocked(self) -> str | None:
         if self.module.training:
             return "the layer is in training mode"
-        if torch.is_autocast_enabled("cpu") or (torch.cuda.is_available() and torch.is_autocast_enabled("cuda")):
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return "autocast is on"
         if any(self._hooks):
             return "a submodule that the compiled layer replaces has hooks"

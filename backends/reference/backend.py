@@ -45,4 +45,6 @@ class Reference:
 
 def backend() -> Reference:
     """What `load_backend("reference")` gives."""
-    return Reference()
+    from moec.backends.cpu.plan import plan  # written in terms of this package
+
+    return Reference(plan)

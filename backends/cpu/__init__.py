@@ -1,0 +1,1 @@
+"""Faster ways to what some ops mean, for tensors on a CPU."""

@@ -1,0 +1,46 @@
+"""The fast way for a `dense_ffn`: one expert that every row has. D model width, O output width."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.backends.cpu.activation import FastActivation
+from moec.backends.cpu.each import Ways, run_one
+from moec.backends.cpu.machine import machine
+from moec.backends.cpu.operands import dense_layer
+from moec.backends.cpu.pack import Packed, pack
+from moec.backends.reference.dtypes import DTYPES
+from moec.backends.reference.frame import Frame
+from moec.ir import DenseFfn
+
+
+class FastDense:
+    """Runs one dense_ffn. Weights are read from the frame on each call; packed copies are this object's own."""
+
+    def __init__(self, op: DenseFfn) -> None:
+        self.op = op
+        self._activation = FastActivation(op)
+        self._packed = Packed()
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of packed copies."""
+        return self._packed.nbytes
+
+    def pack(self, at: Frame) -> None:
+        """Copy the weights into the layout that is fastest here."""
+        self._packed = pack(dense_layer(self.op, self._activation, at), DTYPES[self.op.x.type.dtype], machine())
+
+    def run(self, at: Frame) -> tuple[torch.Tensor, ...]:
+        """The op's result for the frame's input x[..., D]."""
+        x = at.tensor(self.op.x)
+        layer = dense_layer(self.op, self._activation, at)
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] == 0:
+            return (x.new_zeros(*x.shape[:-1], layer.width_out),)
+        y = run_one(layer, Ways(machine(), self._packed.onednn), 0, rows)
+        return (y.reshape(*x.shape[:-1], layer.width_out),)
+
+    def describe(self) -> str:
+        """The way it has, and what is packed."""
+        return f"all rows at once{self._packed}"

@@ -1,0 +1,90 @@
+"""What this machine's CPU is good at, found out once per process in a few milliseconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# oneDNN must win by this much before it replaces torch's own product; the two are either about equal or far apart,
+# so that a busy machine does not change the answer.
+CLEAR_WIN = 1.4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`onednn`: torch's oneDNN linear is there and right. `onednn_f32`: in fp32 it clearly beats torch's BLAS.
+
+    BLAS libraries tuned for other vendors' CPUs leave half the speed of an AVX-512 machine unused. `native`: the 16-bit
+    types that products are computed in without widening the operands first.
+    """
+
+    onednn: bool
+    onednn_f32: bool
+    native: frozenset[torch.dtype]
+
+    def __str__(self) -> str:
+        f32 = "oneDNN" if self.onednn_f32 else "torch's BLAS"
+        native = sorted(str(dtype).removeprefix("torch.") for dtype in self.native)
+        packing = "oneDNN packs" if self.onednn else "no oneDNN"
+        return f"fp32 products by {f32}, {' and '.join(native) or 'no 16-bit type'} native, {packing}"
+
+
+def onednn_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    """x[M, C], w[N, C] plain or packed, b[N]? -> [M, N], all of one dtype."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "none", [], "")  # type: ignore[no-any-return]
+
+
+def onednn_pack(w: torch.Tensor) -> torch.Tensor:
+    """w[N, C] -> the same in oneDNN's own layout, only good for `onednn_linear`."""
+    # The number of rows is a hint: 64 gives a layout that is also good for 1 and for 1,000.
+    return torch.ops.mkldnn._reorder_linear_weight.default(w.contiguous(), 64)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """The machine this process runs on."""
+    with torch.inference_mode(False), torch.no_grad():
+        onednn = _onednn_works()
+        return Machine(onednn, onednn and _onednn_f32_wins(), _native())
+
+
+def _onednn_works() -> bool:
+    """Whether the packed product exists and gives the right numbers; it is no public interface of torch."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    x, w = torch.arange(48.0).view(3, 16), torch.arange(320.0).view(20, 16)
+    try:
+        packed = onednn_linear(x, onednn_pack(w))
+        return torch.equal(packed, x @ w.T) and torch.equal(onednn_linear(x, w), x @ w.T)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _onednn_f32_wins() -> bool:
+    x, w = torch.full((32, 512), 0.5), torch.full((512, 512), 0.25)
+    ours, theirs = _best_times(lambda: onednn_linear(x, w), lambda: torch.nn.functional.linear(x, w))
+    return ours * CLEAR_WIN < theirs
+
+
+def _best_times(*calls: Callable[[], object], rounds: int = 12) -> tuple[float, ...]:
+    """The shortest time of each call, taken in turns."""
+    best = [float("inf")] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return tuple(best)
+
+
+def _native() -> frozenset[torch.dtype]:
+    """The 16-bit types for which torch has more than a loop on this CPU."""
+    found = {
+        torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
+        torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
+    }
+    return frozenset(dtype for dtype, supported in found.items() if supported is not None and bool(supported()))

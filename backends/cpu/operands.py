@@ -1,0 +1,147 @@
+"""The operands of a fused op as the ways to run it see them.
+
+T tokens, K experts per token, E experts, N outputs, C inputs, D model width, F expert width, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from moec.backends.cpu.activation import FastActivation
+from moec.backends.reference.frame import Frame
+from moec.backends.reference.joined import Experts, Joined
+from moec.ir import DenseFfn, ExpertFfn, Value
+
+
+class Product(NamedTuple):
+    """One product's weights: w[E, N, C], b[E, N]?, and scale[E, N]? of i8 weights. Read only for hit experts."""
+
+    w: Experts
+    b: Experts | None = None
+    scale: Experts | None = None
+
+    @property
+    def stack(self) -> torch.Tensor | None:
+        """All experts as one tensor, where they lie so."""
+        return self.w if isinstance(self.w, torch.Tensor) else None
+
+    @property
+    def matrices(self) -> torch.Tensor:
+        """`stack`, for ways that are chosen only where there is one."""
+        assert isinstance(self.w, torch.Tensor), "this way needs weights that are one tensor"
+        return self.w
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An expert_ffn over live weights: what one call needs besides tokens."""
+
+    first: Product
+    up: Product | None
+    second: Product
+    activation: FastActivation
+    num_experts: int
+    width: int
+    """F."""
+    width_out: int
+    """O, usually D."""
+
+    @property
+    def width_in(self) -> int:
+        """Columns of all first products together: F, or 2F with a gate."""
+        return self.width * (2 if self.activation.gated else 1)
+
+    @property
+    def products(self) -> dict[str, Product]:
+        """All products by name."""
+        named = {"first": self.first, "second": self.second}
+        return named if self.up is None else {**named, "up": self.up}
+
+    @property
+    def products_in(self) -> tuple[Product, ...]:
+        """The one or two products before the activation."""
+        return (self.first,) if self.up is None else (self.first, self.up)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each product's weights are one tensor of floating point numbers, which several at once need."""
+        return all(p.stack is not None and p.scale is None for p in self.products.values())
+
+
+def expert_layer(op: ExpertFfn, activation: FastActivation, at: Frame) -> Layer:
+    """The weights of an expert_ffn as they are now."""
+    first = Product(at.experts(op.w_in), at.maybe_experts(op.b_in), at.maybe_experts(op.scale_in))
+    second = Product(at.experts(op.w_out), at.maybe_experts(op.b_out), at.maybe_experts(op.scale_out))
+    up = None
+    if op.w_up is not None:
+        up = Product(at.experts(op.w_up), at.maybe_experts(op.b_up), at.maybe_experts(op.scale_up))
+    else:
+        first, up = _take_apart(first, op.layout)
+    width = activation.width(constant_size(op.w_in, 1))
+    return Layer(first, up, second, activation, constant_size(op.w_in, 0), width, constant_size(op.w_out, 1))
+
+
+def dense_layer(op: DenseFfn, activation: FastActivation, at: Frame) -> Layer:
+    """The weights of a dense_ffn as they are now, as those of one expert."""
+
+    def product(w: Value, b: Value | None, scale: Value | None) -> Product:
+        return Product(_one(at, w), *(None if value is None else _one(at, value) for value in (b, scale)))
+
+    first, second = product(op.w_in, op.b_in, op.scale_in), product(op.w_out, op.b_out, op.scale_out)
+    up = None
+    if op.w_up is not None:
+        up = product(op.w_up, op.b_up, op.scale_up)
+    else:
+        first, up = _take_apart(first, op.layout)
+    width = activation.width(constant_size(op.w_in, 0))
+    return Layer(first, up, second, activation, 1, width, constant_size(op.w_out, 0))
+
+
+def _one(at: Frame, value: Value) -> Experts:
+    """A dense weight as that of one expert; joined weights stay apart."""
+    found = at.experts(value)
+    if isinstance(found, Joined):
+        return Joined([_unsqueezed(part) for part in found.parts], found.axis + 1)
+    return _unsqueezed(found)
+
+
+def _unsqueezed(weight: Experts) -> torch.Tensor:
+    return (weight if isinstance(weight, torch.Tensor) else torch.stack(list(weight))).unsqueeze(0)
+
+
+def _take_apart(first: Product, layout: str) -> tuple[Product, Product | None]:
+    """Gate and up as two products where they are joined weights that were left where they lie."""
+    gates, ups = [], []
+    for parts in first:
+        pieces: Sequence[Experts | None] = (None, None)
+        if parts is not None:
+            halves = isinstance(parts, Joined) and parts.axis == 1 and len(parts.parts) == 2
+            if not (isinstance(parts, Joined) and halves and len(parts.parts[0][0]) == len(parts.parts[1][0])):
+                return first, None
+            pieces = parts.parts
+        gates.append(pieces[0])
+        ups.append(pieces[1])
+    if layout == "concat_up_first":
+        gates, ups = ups, gates
+    elif layout != "concat":
+        return first, None
+    assert gates[0] is not None
+    assert ups[0] is not None
+    return Product(gates[0], *gates[1:]), Product(ups[0], *ups[1:])
+
+
+def constant_size(value: Value, axis: int) -> int:
+    """A size of a weight, which is a number."""
+    size = value.type.shape[axis].constant
+    assert size is not None, f"{value}: sizes of weights are numbers"
+    return size
+
+
+def bias_rows(b: Experts, experts: list[int], counts: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """b[E, N] -> [sum(counts), N]: the bias of each row, when expert experts[i] has counts[i] rows in a row."""
+    picked = torch.stack([b[e] for e in experts]).to(dtype)
+    return picked.repeat_interleave(torch.tensor(counts), 0, output_size=sum(counts))

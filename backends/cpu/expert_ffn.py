@@ -10,7 +10,7 @@ from moec.backends.cpu.choose import BATCH, PAIRS, TABLES, choose
 from moec.backends.cpu.each import Ways, run_each
 from moec.backends.cpu.machine import machine
 from moec.backends.cpu.operands import Layer, expert_layer
-from moec.backends.cpu.pack import Packed, own_tables, pack
+from moec.backends.cpu.pack import Packed, find_tables, pack
 from moec.backends.cpu.pairs import run_pairs
 from moec.backends.cpu.slots import find_slots
 from moec.backends.cpu.tables import run_tables
@@ -55,7 +55,7 @@ def run_experts(
     slots = find_slots(ids, layer.num_experts)
     if slots.num_slots == 0:
         return x.new_zeros(x.shape[0], layer.width_out)
-    tables = packed.tables or own_tables(layer, x.dtype)
+    tables = find_tables(layer, packed, x.dtype)
     way = way or choose(layer, slots, x.dtype, machine(), packed=bool(packed.onednn), tables=bool(tables))
     if way == TABLES:
         return run_tables(layer, tables, x, slots, weights)

@@ -23,7 +23,7 @@ TABLE_INPUTS = 1024
 
 @dataclass
 class Packed:
-    """What a layer runs from besides its own weights. `tables` may also be views of the weights, at no cost."""
+    """Copies of weights that a layer runs from. What lies right already is not copied, so `tables` may lack some."""
 
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     onednn: dict[str, Sequence[torch.Tensor]] = field(default_factory=dict)
@@ -72,11 +72,9 @@ def pack_as(form: str, layer: Layer) -> Packed:
     packed = Packed()
     for name, product in layer.products.items():
         if form == "tables":
-            table = table_of(product.stack)
-            if table is None:
-                table = _table(product)
+            if table_of(product.stack) is None:
+                packed.tables[name] = table = _table(product)
                 packed.nbytes += table.nbytes
-            packed.tables[name] = table
         elif form == "onednn":
             packed.onednn[name] = [onednn_pack(product.w[e]) for e in range(len(product.w))]
             packed.nbytes += sum(product.w[e].nbytes for e in range(len(product.w)))
@@ -92,9 +90,14 @@ def _table(product: Product) -> torch.Tensor:
     return table.flatten(0, 1)
 
 
-def own_tables(layer: Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tables that are views of the weights as the user stores them; empty unless all of the layer's are."""
-    if not fits_tables(layer, dtype) or any(p.scale is not None for p in layer.products.values()):
+def find_tables(layer: Layer, packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tables of all products, packed ones or views of weights that lie so; empty where one is missing."""
+    if not packed.tables and not (layer.stacked and fits_tables(layer, dtype)):
         return {}
-    tables = {name: table_of(product.stack) for name, product in layer.products.items()}
-    return {name: table for name, table in tables.items() if table is not None} if None not in tables.values() else {}
+    found: dict[str, torch.Tensor] = {}
+    for name, product in layer.products.items():
+        table = packed.tables[name] if name in packed.tables else table_of(product.stack)
+        if table is None or product.scale is not None:
+            return {}
+        found[name] = table
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_layouts(way: str, layout: str, bias: bool, storage: str, dtype: torch.d
     ],
     ids=str,
 )
-def test_activations(way: str, attributes: dict[str, object]) -> None:
+def test_activations(way: str, attributes: dict[str, Any]) -> None:
     for layout in ("concat", "interleaved", "none"):
         more = {name: value for name, value in attributes.items() if layout != "none" or name != "up_shift"}
         for dtype in DTYPES:

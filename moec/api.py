@@ -151,12 +151,8 @@ def refresh(model: nn.Module) -> nn.Module:
 
 
 def _unchanged(method: CompiledMethod) -> bool:
-    try:
-        dtypes = {p.dtype for p in method.module.parameters() if p.is_floating_point()}
-        method.build(method.module)
-    except MoecError:
-        return False
-    return dtypes == {method.call.dtype}
+    dtypes = {p.dtype for p in method.module.parameters() if p.is_floating_point()}
+    return not method.moved() and dtypes == {method.call.dtype}
 
 
 def _module(model: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,17 +33,19 @@ class Compiled:
     pack: bool
     strict: bool
 
-    def builder(self) -> Callable[[nn.Module], Executable]:
-        """Builds the executable over the weights of a given module."""
-        region, views, backend, pack = self.region, self.lifted.views, self.backend, self.pack
-        return lambda module: load_backend(backend).build(region, WeightStore(module, views), {}, pack=pack)
-
     def method_for(self, model: nn.Module) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
-        lifted = self.lifted
-        module = model.get_submodule(lifted.name)
+        # The method outlives the compilation: it must not hold on to the module that the probes ran on.
+        views, region, backend, pack = self.lifted.views, self.region, self.backend, self.pack
         return CompiledMethod(
-            module, lifted.method, lifted.call, self.builder(), self.layer, lifted.replaced, self.strict
+            module=model.get_submodule(self.lifted.name),
+            method=self.lifted.method,
+            call=self.lifted.call,
+            store=lambda module: WeightStore(module, views),
+            build=lambda weights: load_backend(backend).build(region, weights, {}, pack=pack),
+            layer=self.layer,
+            replaced=self.lifted.replaced,
+            strict=self.strict,
         )
 
 

@@ -85,6 +85,16 @@ class WeightStore:
         """Names of the parameters the views lie in, relative to `module`."""
         return tuple(self._homes)
 
+    @property
+    def layouts(self) -> Mapping[str, Hashable]:
+        """Shape and strides of each parameter when the views were taken."""
+        return self._layouts
+
+    def check(self) -> None:
+        """Raise MOEC230 unless every parameter is where it was, in the layout it had."""
+        for name in self._homes:
+            self._live(name)
+
     def param(self, name: str) -> torch.Tensor:
         """The live parameter (or buffer) called `name`."""
         found = self._homes[name].read()

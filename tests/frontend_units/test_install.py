@@ -26,6 +26,7 @@ from moec.frontends.torch.install import (
 )
 from moec.frontends.torch.routing import Unusual
 from moec.report import LayerReport
+from moec.weights import View, WeightStore
 from tests.frontend_units.build import rand
 
 D = 4
@@ -65,16 +66,20 @@ class Call:
         return y * scale, scale, torch.arange(3)
 
 
-def build(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-    inner = module.get_submodule("inner")
-    return lambda x: (torch.tanh(inner.forward(x)),)
+def store(module: nn.Module) -> WeightStore:
+    return WeightStore(module, {"w": View("inner.weight", 0, (D, D), (D, 1)), "b": View("inner.bias", 0, (D,), (1,))})
+
+
+def build(weights: WeightStore) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda x: (torch.tanh(nn.functional.linear(x, weights.dense("w"), weights.dense("b"))),)
 
 
 class Installed:
     def __init__(self, *, strict: bool = False) -> None:
         self.module, self.call = Layer().eval(), Call()
         self.report = LayerReport(name="mlp", kind="moe", status="compiled")
-        self.method = CompiledMethod(self.module, "forward", self.call, build, self.report, ("inner",), strict)
+        self.method = CompiledMethod(self.module, "forward", self.call, store, build, self.report, ("inner",), strict)
+        self.method.ready()
         install(self.method)
 
     def ran(self) -> tuple[int, int]:
@@ -278,6 +283,64 @@ def test_a_copy_of_the_module_is_compiled_on_its_own_weights(layer: Installed) -
         torch.testing.assert_close(twin(X)[0], torch.full((3, D), 0.5).tanh())
         assert not torch.allclose(layer.module(X)[0], torch.full((3, D), 0.5).tanh())
     assert layer.call.ran == 2
+
+
+def replace_module(module: Any) -> None:
+    module.inner = nn.Linear(D, D)
+
+
+class Shifted(nn.Linear):
+    """The same weights in the same places, another function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def replace_by_another_kind(module: Any) -> None:
+    module.inner = Shifted(D, D)
+
+
+def change_strides(module: Any) -> None:
+    module.inner.weight = nn.Parameter(module.inner.weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize("change", [replace_module, change_strides])
+def test_a_layer_whose_weights_moved_falls_back(layer: Installed, change: Callable[[Any], None]) -> None:
+    change(layer.module)
+    assert layer.method.moved() != ""
+    with pytest.warns(FallbackWarning):
+        got = layer.module(X)[0]
+    torch.testing.assert_close(got, layer.method.original(X)[0])
+
+
+@pytest.mark.parametrize("change", [replace_module, change_strides])
+def test_and_so_does_a_copy_of_it(layer: Installed, change: Callable[[Any], None]) -> None:
+    change(layer.module)
+    twin = copy.deepcopy(layer.module)
+    with pytest.warns(FallbackWarning):
+        twin(X)
+    assert twin.ran == 1
+    again = copy.deepcopy(twin)
+    again(X)
+    assert again.ran == 2
+
+
+@pytest.mark.parametrize("change", [replace_by_another_kind, change_strides])
+def test_a_copy_that_is_changed_before_its_first_call_falls_back(
+    layer: Installed, change: Callable[[Any], None]
+) -> None:
+    for twin in (copy.deepcopy(layer.module), copy.deepcopy(copy.deepcopy(layer.module))):
+        change(twin)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(twin(X)[0], twin.inner(X).tanh())
+        assert twin.ran == 1
+
+
+def test_writes_are_no_moves(layer: Installed) -> None:
+    layer.module.double()
+    layer.module.load_state_dict(Layer().state_dict())
+    assert layer.method.moved() == ""
 
 
 def test_a_hook_on_a_copy_blocks_the_copy_alone(layer: Installed) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,6 +22,7 @@ from moec.errors import MoecError
 from moec.frontends.torch.calls import Call, Executable
 from moec.frontends.torch.routing import NoTokens, Unusual
 from moec.report import LayerReport
+from moec.weights import WeightStore
 
 # Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.
 _GLOBAL_HOOKS: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
@@ -29,7 +30,7 @@ _GLOBAL_HOOKS: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
 # Folders whose frames are passed over on the way to the user's line.
 _INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
-Build = Callable[[torch.nn.Module], Executable]
+Build = Callable[[WeightStore], Executable]
 
 
 class FallbackWarning(UserWarning):
@@ -44,14 +45,18 @@ class CompiledMethod:
         module: torch.nn.Module,
         method: str,
         call: Call,
+        store: Callable[[torch.nn.Module], WeightStore],
         build: Build,
         layer: LayerReport,
         replaced: tuple[str, ...],
         strict: bool,
     ) -> None:
-        self.module, self.method, self.call, self.build, self.layer = module, method, call, build, layer
-        self.replaced, self.strict = replaced, strict
+        self.module, self.method, self.call, self.store, self.build = module, method, call, store, build
+        self.layer, self.replaced, self.strict = layer, replaced, strict
+        self.weights: WeightStore | None = None
         self.executable: Executable | None = None
+        self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
+        self._stale = ""
         self._hooks = self._hook_tables()
 
     @property
@@ -65,11 +70,28 @@ class CompiledMethod:
         return inspect.signature(self.original)
 
     def ready(self) -> Executable:
-        """The executable, built on first use after a copy."""
+        """The executable, built on first use after a copy. Raises MOEC230 where the copy was changed before that."""
         if self.executable is None:
-            self.executable = self.build(self.module)
+            weights = self.store(self.module)
+            if self._copied_from is not None:
+                looks, layouts = self._copied_from
+                if repr(self.module) != looks or (layouts is not None and weights.layouts != layouts):
+                    raise MoecError(
+                        "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
+                    )
+            self.weights, self.executable = weights, self.build(weights)
             self._hooks = self._hook_tables()
         return self.executable
+
+    def moved(self) -> str:
+        """Why it cannot serve the module as it is now; empty if it can."""
+        try:
+            self.ready()
+            assert self.weights is not None
+            self.weights.check()
+        except MoecError as error:
+            return error.message
+        return self._stale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -95,6 +117,8 @@ class CompiledMethod:
             return self._fall_back(error.message, args, kwargs)
 
     def _blocked(self) -> str | None:
+        if self._stale:
+            return self._stale
         if self.module.training:
             return "the layer is in training mode"
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -137,9 +161,21 @@ class CompiledMethod:
         if module is None:
             raise MoecError("MOEC232", "a compiled method cannot be copied without its module", hint="copy the module")
         copy = CompiledMethod.__new__(CompiledMethod)
-        copy.module, copy.method, copy.call, copy.build = module, self.method, self.call, self.build
+        copy.module, copy.method, copy.call, copy.store, copy.build = (
+            module, self.method, self.call, self.store, self.build
+        )  # fmt: skip
         copy.layer = memo.get(id(self.layer), self.layer)
-        copy.replaced, copy.strict, copy.executable, copy._hooks = self.replaced, self.strict, None, ()
+        copy.replaced, copy.strict, copy.weights, copy.executable, copy._hooks = (
+            self.replaced,
+            self.strict,
+            None,
+            None,
+            (),
+        )
+        # Built on first use, when the new module is complete: it must then still be what it was copied from.
+        copy._stale, copy._copied_from = self._stale, self._copied_from
+        if self.weights is not None:
+            copy._stale, copy._copied_from = self.moved(), (repr(self.module), self.weights.layouts)
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ class Case:
     args: Callable[[Tensor], Args] | None = None  # tokens f32[T, D] -> the positional arguments
     needs_inputs: bool = False  # cannot be observed without example_inputs
     unseen: bool = False  # a report without any such layer is an honest answer too
+    long: bool = True  # is called with thousands of tokens, too
     random: bool = False  # draws random numbers in eval
     stateful: bool = False  # outputs depend on the calls before
     mutates_input: bool = False

@@ -266,7 +266,7 @@ class DenseMixture(nn.Module):
         return torch.einsum("...de,...e->...d", outputs, self.gate(x).softmax(-1))
 
 
-@case("written.token_by_token", expect="either")
+@case("written.token_by_token", expect="either", long=False)
 class TokenByToken(nn.Module):
     """A Python loop over tokens and slots with `.item()`."""
 

@@ -140,6 +140,24 @@ class SpecialRareIndex(SpecialIndex):
         self.router.bias[3] = -4.5
 
 
+@case("near.special_very_rare_index", decoy=_not_special, decoy_tokens=6000)
+class SpecialVeryRareIndex(SpecialIndex):
+    """As above with unit weights, and picked by about one token in five hundred: seen at work, rarely judged."""
+
+    def __init__(self) -> None:
+        super().__init__(top_k=1, body="relu")
+
+    def build_router(self) -> None:
+        self.router = nn.Linear(self.dim, self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top, ids = self.router(x).topk(1)
+        return torch.ones_like(top), ids
+
+    def fill_(self, generator: torch.Generator) -> None:
+        self.router.bias[3] = -3.6
+
+
 @case("near.special_submodule")
 class SpecialSubmodule(GeluExperts):
     """The last expert of the list is asked for its result twice as strongly (`e == len(experts) - 1`)."""

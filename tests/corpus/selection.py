@@ -266,6 +266,28 @@ class ReplacedAttributeBias(PlainAttributeBias):
         self.plain_bias = -self.plain_bias
 
 
+@case("selection.favourite")
+class Favourite(LoopList):
+    """Expert 0 is picked by all tokens of nearly every short batch: its rows look like the input itself."""
+
+    def build_router(self) -> None:
+        self.router = nn.Linear(self.dim, self.num_experts)
+
+    def fill_(self, generator: torch.Generator) -> None:
+        self.router.bias[0] = 6.5
+
+
+@case("selection.favourite_stacked")
+class FavouriteStacked(LoopStacked):
+    """As above with experts in 3-D parameters and GELU."""
+
+    def __init__(self) -> None:
+        super().__init__(experts=6, top_k=4, body="gelu")
+
+    build_router = Favourite.build_router
+    fill_ = Favourite.fill_
+
+
 @case("selection.null_expert")
 class NullExpert(LoopList):
     """The router has one class more than there are experts: who picks it adds nothing for that slot."""

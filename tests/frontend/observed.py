@@ -48,6 +48,8 @@ def inputs(case: Case, *, full: bool = True) -> Iterator[tuple[str, tuple[Any, .
         for scale in SCALES if full else (1.0,):
             tokens = random_tokens(count, case.dim, scale=scale, seed=100 + count)
             yield f"T={count} scale={scale}", case.inputs(tokens)
+    if full and case.long:
+        yield "T=3000 scale=1.0", case.inputs(random_tokens(3000, case.dim, seed=4))
     for name, tokens in special_tokens(case.dim):
         yield name, case.inputs(tokens)
     x, *rest = case.inputs(random_tokens(24, case.dim, seed=5))

@@ -114,7 +114,7 @@ def test_other_values_of_other_arguments_are_unusual() -> None:
     evaluated(layer, model, rand(5, D), index, weights)
     with pytest.raises(Unusual, match="other arguments than those verified"):
         evaluated(layer, model, rand(5, D), index, weights, scale=2.0)
-    with pytest.raises(Unusual, match="another rank than the 2"):
+    with pytest.raises(Unusual, match="has 3 dimensions, it was verified with 2"):
         evaluated(layer, model, rand(1, 5, D), index, weights)
     with pytest.raises(Unusual, match=r"torch.float64, the layer was compiled for torch.float32"):
         evaluated(layer, model, rand(5, D).double(), index, weights)
@@ -135,9 +135,19 @@ def test_a_call_that_reads_a_tensor_without_a_role_is_not_cut_there() -> None:
     assert (layer.cut, layer.name) == ("slice", "mlp")
 
 
-def test_a_call_that_reads_its_input_on_the_host_is_refused() -> None:
+BRANCHES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "a value of x": lambda x, index, weights: x.abs().max().item() > 1e9,
+    "how many values of x are large": lambda x, index, weights: len((x.abs() > 1e9).nonzero()),
+    "how many rows are large": lambda x, index, weights: len(x[x.abs().amax(-1) > 1e9]),
+    "a weight": lambda x, index, weights: bool((weights > 2).any()),
+    "how many weights are large": lambda x, index, weights: len(torch.where(weights > 2)[0]),
+}
+
+
+@pytest.mark.parametrize("what", BRANCHES)
+def test_a_call_that_may_branch_on_values_is_refused(what: str) -> None:
     def guarded(experts: nn.ModuleList, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if x.abs().max().item() > 1e9:
+        if BRANCHES[what](x, index, weights):
             return x
         return mix(experts, x, index, weights)
 

@@ -112,6 +112,10 @@ def branch_on_values(m: Any, x: Tensor, logits: Tensor) -> Tensor:
     return plain(m, x, logits) if logits.max().item() < 1e9 else x
 
 
+def branch_on_count(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    return x if len((x.abs() > 1e9).nonzero()) else plain(m, x, logits)
+
+
 def per_expert_effect(m: Any, x: Tensor, logits: Tensor) -> Tensor:
     m.last = logits.detach()
     return plain(m, x, logits)
@@ -144,6 +148,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "other operations for more tokens": (different_operations, "different operations|at one shape is"),
     "a number that is no size": (no_size, "which is no size of the input"),
     "a branch on values": (branch_on_values, "on the host and may branch on it"),
+    "a branch on how many values there are": (branch_on_count, "on the host and may branch on it"),
     "an attribute": (per_expert_effect, "sets attribute 'last'"),
     "random numbers": (random_selection, "draws random numbers"),
     "experts followed by tanh": (not_linear_in_experts, "no tensors x, experts, weights and y"),

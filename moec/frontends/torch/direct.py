@@ -5,7 +5,7 @@ T tokens, K experts per token, E experts. Which argument is which is decided by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,16 +139,14 @@ def _others_unread(log: Log, site: Site, roles: Roles) -> bool:
     return not any(spare & set(e.reads) for e in log.entries[site.start : site.end] if e.op != HOST_READ)
 
 
-def steering_reads(log: Log, site: Site, x: int) -> str | None:
-    """Why the call may not be replaced: a value computed from x is read on the host, so Python may branch on it."""
-    storage = log.storages[x]
+def steering_reads(log: Log, site: Site, values: Collection[int]) -> str | None:
+    """Why the call may not be replaced: a value computed from `values` is read on the host, Python may branch on it."""
+    storages = {log.storages[slot] for slot in values}
     for entry in log.entries[site.start : site.end]:
-        if entry.op != HOST_READ or not entry.reads:
+        if entry.op != HOST_READ:
             continue
-        behind = log.closure([(entry.reads[0], entry.index)], start=site.start)
-        if (
-            any(log.storages[s] == storage for i in behind for s in log.entries[i].reads)
-            or log.storages[entry.reads[0]] == storage
-        ):
+        behind = log.closure([(slot, entry.index) for slot in entry.reads], start=site.start)
+        touched = {s for i in behind for s in log.entries[i].reads}.union(entry.reads)
+        if any(log.storages[s] in storages for s in touched):
             return f"{site.label} reads a value computed from its input on the host and may branch on it"
     return None

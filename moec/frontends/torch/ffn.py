@@ -99,7 +99,7 @@ def _cut(
     sites = sorted((s for s in log.sites if s.covers(instance.entries)), key=lambda s: s.end - s.start)
     for site in sites:
         found = fit_roles(log, site, body, params, routed=False)
-        if found is not None and steering_reads(log, site, _slot(site, found)) is None:
+        if found is not None and steering_reads(log, site, [_slot(site, found)]) is None:
             return _direct(log, site, found, body, params)
     return _slice(driver, body, params, candidate)
 

@@ -79,7 +79,9 @@ def _direct(
 ) -> Lifted:
     binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
-    steered = steering_reads(log, site, bound[roles.x].slot)
+    # The choice of experts is read by any loop over them; dense weights are a choice too.
+    values = [roles.x, roles.weights] if roles.form != "dense" and roles.weights is not None else [roles.x]
+    steered = steering_reads(log, site, [bound[name].slot for name in values])
     if steered:
         raise NotLifted(steered)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)

@@ -29,6 +29,14 @@ def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
+def _counted(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors whose values decide how large the result is: Python sees them in its shape."""
+    name = op.overloadpacket.__name__
+    if name == "index":
+        return tuple(i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
+    return args[1:2] if name == "masked_select" else args[:1]
+
+
 class _AtenRecorder(TorchDispatchMode):
     def __init__(self, log: Log) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,6 +56,8 @@ class _AtenRecorder(TorchDispatchMode):
         self.log.append(func, args, kwargs, out, written)
         if type(out) in (int, float, bool):
             self.log.append(HOST_READ, args, {}, None, ())
+        elif torch.Tag.dynamic_output_shape in func.tags:
+            self.log.append(HOST_READ, _counted(func, args), {}, None, ())
         return out
 
 

@@ -124,11 +124,12 @@ def _check_reads(blocks: Blocks, found: Solution) -> None:
     log = blocks.log
     inside = {i for item in blocks.items if item.site is not None for i in range(item.start, item.end)}
     for entry in log.entries[blocks.site.start : blocks.site.end]:
-        if entry.op != HOST_READ or entry.index in inside or not entry.reads:
+        if entry.op != HOST_READ or entry.index in inside:
             continue
-        if not _from_choice(blocks, frozenset(found.routing), entry.reads[0], entry.index):
-            shape = tuple(log.tensors[entry.reads[0]].shape)
-            raise NotLifted(f"the block's code reads a tensor of shape {shape} on the host and may branch on it")
+        for slot in entry.reads:
+            if not _from_choice(blocks, frozenset(found.routing), slot, entry.index):
+                shape = tuple(log.tensors[slot].shape)
+                raise NotLifted(f"the block's code reads a tensor of shape {shape} on the host and may branch on it")
 
 
 def _from_choice(blocks: Blocks, choice: frozenset[int], slot: int, at: int) -> bool:

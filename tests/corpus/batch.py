@@ -161,19 +161,22 @@ class HelperLooksAtLength(LoopStacked):
 
 
 class OtherFormula(LoopStacked):
-    """Another activation for batches of more than `limit` tokens."""
+    """Another activation for batches of more than `limit` tokens; nothing is written down about it."""
 
     limit = 64
-    many = False
+
+    def is_other(self, count: int) -> bool:
+        return count > self.limit
 
     def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        self.many = x.shape[0] > self.limit
-        return super().mix(x, weights, ids)
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        if not self.many:
-            return super().expert(e, rows)
-        return F.linear(F.gelu(F.linear(rows, self.w1[e])) * F.linear(rows, self.w3[e]), self.w2[e])
+        act = F.gelu if self.is_other(x.shape[0]) else F.silu
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            rows = x[token]
+            h = act(F.linear(rows, self.w1[e])) * F.linear(rows, self.w3[e])
+            out.index_add_(0, token, F.linear(h, self.w2[e]) * weights[token, slot, None])
+        return out
 
 
 def _short_formula(m: Any, x: Tensor) -> Tensor:
@@ -207,13 +210,12 @@ class OtherFormulaVeryLong(OtherFormula):
 class OtherFormulaSingle(OtherFormula):
     """One token alone (decoding) is computed by another formula."""
 
-    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        self.many = x.shape[0] == 1
-        return LoopStacked.mix(self, x, weights, ids)
+    def is_other(self, count: int) -> bool:
+        return count == 1
 
 
 @case("batch.top_k_by_length", decoy=_always_two, decoy_tokens=130)
-class TopKByLength(OtherFormula):
+class TopKByLength(LoopStacked):
     """Two experts a token in short batches, one in batches of more than 100 tokens."""
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,9 +223,6 @@ class TopKByLength(OtherFormula):
         if x.shape[0] > 100:
             weights = weights * torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
         return weights, ids
-
-    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        return LoopStacked.mix(self, x, weights, ids)
 
 
 @case("batch.call_counter", inline_expect="left alone", stateful=True)

@@ -15,7 +15,7 @@ from torch import nn
 from tests.corpus.blocks import Moe
 from tests.corpus.case import CASES, Case
 
-METHODS = ("route", "mix", "expert", "gate", "route_filled", "_only")
+METHODS = ("route", "mix", "expert", "gate", "route_filled", "is_other", "_only")
 
 
 class Inline:

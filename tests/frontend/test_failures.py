@@ -134,3 +134,21 @@ def test_no_fallbacks_in_ordinary_use() -> None:
             agree(fast, module, tokens("loop_list.swiglu", count))
     assert texts == []
     assert all(layer.fallbacks == 0 for layer in report_of(fast).layers)
+
+
+@pytest.mark.parametrize("prefix", ["", "inline."])
+def test_a_failed_verification_names_the_probe(prefix: str) -> None:
+    """More than 64 tokens go through another activation: found by verification, reported with probe and errors."""
+    case = CASES[f"{prefix}batch.other_formula_long"]
+    (layer,) = report_of(moec.compile(case.make(), example_inputs=example(case))).layers
+    assert layer.status == "left alone"
+    assert layer.failing_probe is not None
+    assert "tokens" in layer.failing_probe
+    assert layer.failing_probe in layer.reason
+    assert layer.max_error is not None
+    assert layer.bar is not None
+    assert layer.max_error > layer.bar
+    with pytest.raises(moec.MoecError) as caught:
+        moec.compile(case.make(), example_inputs=example(case), strict=True)
+    assert caught.value.code.startswith("MOEC2")
+    assert layer.failing_probe in str(caught.value)

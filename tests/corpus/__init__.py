@@ -11,6 +11,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     hand_written,
     near_misses,
     not_moe,
+    odd_bodies,
     positive_moe,
     selection,
     weights,

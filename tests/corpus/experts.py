@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from tests.corpus.blocks import Gathered, GeluMlp, LoopList, LoopStacked, Sorted, Swiglu
+from tests.corpus.blocks import GeluMlp, LoopList, LoopStacked, Sorted, Swiglu
 from tests.corpus.case import case
 
 
-def _as_if_distinct(m: Any, x: Tensor) -> Tensor:
+def as_if_distinct(m: Any, x: Tensor) -> Tensor:
     rows = x.reshape(-1, m.dim)
     weights, ids = m.route(rows)
     distinct = list(dict.fromkeys(m.experts))  # what `children()` would list: 7 experts, the rest shifted by one
@@ -24,7 +24,7 @@ def _as_if_distinct(m: Any, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-def _straight(m: Any, x: Tensor) -> Tensor:
+def straight(m: Any, x: Tensor) -> Tensor:
     rows = x.reshape(-1, m.dim)
     weights, ids = m.route(rows)
     out = torch.zeros_like(rows)
@@ -34,7 +34,7 @@ def _straight(m: Any, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-def _without_norm(m: Any, x: Tensor) -> Tensor:
+def without_norm(m: Any, x: Tensor) -> Tensor:
     rows = x.reshape(-1, m.dim)
     weights, ids = m.route(rows)
     out = torch.zeros_like(rows)
@@ -44,7 +44,7 @@ def _without_norm(m: Any, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-def _like_first(m: Any, x: Tensor) -> Tensor:
+def like_first(m: Any, x: Tensor) -> Tensor:
     """Every expert's weights through the body of expert 0."""
     rows = x.reshape(-1, m.dim)
     weights, ids = m.route(rows)
@@ -57,7 +57,7 @@ def _like_first(m: Any, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-@case("experts.shared_object", decoy=_as_if_distinct)
+@case("experts.shared_object", decoy=as_if_distinct)
 class SharedObject(LoopList):
     """Experts 1 and 5 are the same object, so `children()` lists one fewer than there are."""
 
@@ -90,7 +90,7 @@ class GeluExperts(LoopList):
         super().__init__(body="gelu")
 
 
-@case("experts.one_other_activation", decoy=_like_first)
+@case("experts.one_other_activation", decoy=like_first)
 class OneOtherActivation(GeluExperts):
     """Expert 6 uses tanh, the others GELU; same parameters, same shapes."""
 
@@ -99,7 +99,7 @@ class OneOtherActivation(GeluExperts):
         self.experts[6].act = nn.Tanh()
 
 
-@case("experts.gelu_and_gelu_tanh", decoy=_like_first, decoy_floor=2e-5)
+@case("experts.gelu_and_gelu_tanh", decoy=like_first, decoy_floor=2e-5)
 class NearlyEqualActivations(GeluExperts):
     """Expert 2 uses the tanh approximation of GELU: at most 5e-4 away, in one expert of eight."""
 
@@ -108,7 +108,7 @@ class NearlyEqualActivations(GeluExperts):
         self.experts[2].act = nn.GELU(approximate="tanh")
 
 
-@case("experts.dead_other_activation", decoy=_like_first, perturb=lambda m: m.wake())
+@case("experts.dead_other_activation", decoy=like_first, perturb=lambda m: m.wake())
 class DeadOtherActivation(GeluExperts):
     """Expert 7 is never picked (until its router bias is raised after compiling) and is the one that uses tanh."""
 
@@ -153,7 +153,7 @@ class ZeroAndConstant(LoopStacked):
         return super().expert(e, rows)
 
 
-@case("experts.permuted_wiring", decoy=_straight)
+@case("experts.permuted_wiring", decoy=straight)
 class PermutedWiring(LoopStacked):
     """Expert e uses slice 3e + 1 (mod 8) of the first matrix and slice e of the second."""
 
@@ -212,7 +212,7 @@ class Parametrized(LoopList):
             parametrizations.weight_norm(expert.w1)
 
 
-@case("experts.scaled_weight", decoy=_straight)
+@case("experts.scaled_weight", decoy=straight)
 class ScaledWeight(LoopStacked):
     """The weight is a product of two parameters, formed at each call."""
 
@@ -240,131 +240,3 @@ class MaskedWeight(LoopList):
         assert isinstance(body, Swiglu)
         out: Tensor = body.w2(F.silu(F.linear(rows, body.w1.weight * self.mask[e])) * body.w3(rows))
         return out
-
-
-@case("experts.clamp_at_50", decoy=_straight, decoy_scale=60.0)
-class ClampAt50(LoopStacked):
-    """The gate is clamped at 50: invisible at unit scale."""
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        gate = F.linear(rows, self.w1[e]).clamp(max=50.0)
-        return F.linear(F.silu(gate) * F.linear(rows, self.w3[e]), self.w2[e])
-
-
-@case("experts.clamp_result", decoy=_straight, decoy_scale=60.0)
-class ClampResult(LoopStacked):
-    """The expert's result is clamped at +-500 before weighting."""
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        return super().expert(e, rows).clamp(-500.0, 500.0)
-
-
-@case("experts.input_clamp", decoy=_straight, decoy_scale=60.0)
-class ClampInput(LoopStacked):
-    """The expert's input is clamped at +-55, which the router does not see."""
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        return super().expert(e, rows.clamp(-55, 55))
-
-
-@case("experts.per_expert_norm", decoy=_without_norm)
-class PerExpertNorm(LoopList):
-    """A LayerNorm with weights of its own after each expert."""
-
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.norms = nn.ModuleList(nn.LayerNorm(self.dim) for _ in range(self.num_experts))
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        out: Tensor = self.norms[e](self.experts[e](rows))
-        return out
-
-
-@case("experts.norm_first")
-class NormFirst(Gathered):
-    """RMS normalisation with a stacked [E, D] weight on each expert's input."""
-
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.norm_weight = nn.Parameter(torch.empty(self.num_experts, self.dim))
-
-    def mix(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        rows = unit[:, None] * self.norm_weight[ids]
-        h = F.silu(torch.einsum("tkd,tkfd->tkf", rows, self.w1[ids])) * torch.einsum(
-            "tkd,tkfd->tkf", rows, self.w3[ids]
-        )
-        return torch.einsum("tkf,tkdf,tk->td", h, self.w2[ids], weights)
-
-
-@case("experts.batch_mean", expect="left alone", decoy=_without_norm)
-class BatchMean(LoopList):
-    """Each expert subtracts the mean over the rows it got: a token's result depends on the others."""
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        return super().expert(e, rows - rows.mean(0, keepdim=True))
-
-
-@case("experts.batch_norm", expect="either")
-class BatchNormExperts(LoopList):
-    """BatchNorm in the experts: in eval a fixed affine map from buffers, in training a batch statistic."""
-
-    def build_experts(self) -> None:
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16))
-            for _ in range(self.num_experts)
-        )
-
-    def fill_(self, generator: torch.Generator) -> None:
-        for part in self.modules():
-            if isinstance(part, nn.BatchNorm1d):
-                assert part.running_mean is not None
-                assert part.running_var is not None
-                part.running_mean.copy_(torch.randn(24, generator=generator))
-                part.running_var.copy_(0.5 + torch.rand(24, generator=generator))
-
-
-@case("experts.three_layers")
-class ThreeLayers(LoopList):
-    """Three Linears in each expert."""
-
-    def build_experts(self) -> None:
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 16))
-            for _ in range(self.num_experts)
-        )
-
-
-@case("experts.single_linear")
-class SingleLinear(LoopList):
-    """Each expert is one Linear: no activation at all."""
-
-    def build_experts(self) -> None:
-        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(self.num_experts))
-
-
-@case("experts.linear_chain")
-class LinearChain(LoopList):
-    """Two Linears without an activation (a low-rank expert)."""
-
-    def build_experts(self) -> None:
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)) for _ in range(self.num_experts)
-        )
-
-
-@case("experts.inner_residual")
-class InnerResidual(GeluExperts):
-    """Each expert adds its own input."""
-
-    def expert(self, e: int, rows: Tensor) -> Tensor:
-        return rows + super().expert(e, rows)
-
-
-@case("experts.hooked")
-class Hooked(GeluExperts):
-    """A forward hook on expert 3 doubles its result."""
-
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.experts[3].register_forward_hook(lambda module, args, out: out * 2)

@@ -96,7 +96,12 @@ def constants(log: Log, entries: Sequence[int]) -> list[float]:
         found |= {abs(float(v)) for v in leaves if isinstance(v, (int, float)) and not isinstance(v, bool)}
         for slot in entry.reads:
             tensor = log.tensors[slot]
-            if tensor.numel() == 1 and log.producer(slot) is None and tensor.is_floating_point():
+            if (
+                tensor.numel() == 1
+                and log.param_of(slot) is None
+                and log.producer(slot) is None
+                and tensor.is_floating_point()
+            ):
                 found.add(abs(tensor.detach().item()))
     return sorted(found)
 
@@ -141,6 +146,8 @@ def name_activation(
         return None
     rounds = max(4, min(64, 600 // max(1, sum(widths))))
     questions = [synthetic(widths, seed) for seed in range(rounds)]
+    # A bound far out shows only beyond it.
+    questions += [[v * 4 * n for v in synthetic(widths, 7)] for n in numbers if max(_SCALES) < n < 1e6]
     questions.append([torch.zeros(n) for n in widths])
     answers = [ask([v.clone() for v in q]) for q in questions]
     tried: set[Activation] = set()

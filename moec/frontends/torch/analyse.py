@@ -12,7 +12,7 @@ from torch import nn
 from moec.errors import MoecError
 from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening
 from moec.frontends.torch.ffn import NotRun, analyse_ffn
-from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.instances import Chained, NotLifted
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.moe import analyse_moe
 from moec.frontends.torch.observe import Drivers, raised
@@ -77,7 +77,7 @@ def analyse(
             taken |= candidate.weights
         except NotLifted as reason:
             found.refused.append(Refused(computed_owner(candidate.name), "moe", str(reason)))
-            if not getattr(reason, "chained", False):
+            if not isinstance(reason, Chained):
                 taken |= candidate.weights
     for candidate in discover_ffn(model, taken):
         progress(candidate.name)

@@ -72,6 +72,7 @@ class DirectCall:
     experts: int
     inputs: int
     out_shapes: Mapping[int, tuple[int | Size, ...]]
+    weight_dtype: torch.dtype | None = None
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,6 +93,8 @@ class DirectCall:
             if not all(isinstance(v, torch.Tensor) for v in routing.values()):
                 raise Unusual("the routing is not given as tensors")
             _check_others(bound, self.others)
+            if roles.weights is not None and routing[roles.weights].dtype != self.weight_dtype:
+                raise Unusual(f"the weights are {routing[roles.weights].dtype}, not {self.weight_dtype}")
             (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
         return y.reshape(self._shape(x))
 
@@ -130,7 +133,8 @@ class SlicedCall:
         bound = self.binder(args, kwargs)
         given = _check(bound.pop(s.x_name, None), (self.rank,), self.dtype, self.width)
         _check_others(bound, s.others)
-        env: dict[int, torch.Tensor] = {s.input_slot: given}
+        # The recorded operations are those of a contiguous input; on another, view would fail where reshape did not.
+        env: dict[int, torch.Tensor] = {s.input_slot: given.contiguous()}
         dims: Sequence[int] = given.shape
         run(s.before, module, env, dims)
         x, selector, weights = s.routing(module, env, dims)

@@ -18,6 +18,7 @@ from moec.frontends.torch.body import Body, build_body
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, fit_roles, steering_reads
 from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
 from moec.frontends.torch.items import split
 from moec.frontends.torch.lift import common_dtype, lift_dense, weight_views
@@ -100,6 +101,7 @@ def _cut(
     for site in sites:
         found = fit_roles(log, site, body, params, routed=False)
         if found is not None and steering_reads(log, site, [_slot(site, found)]) is None:
+            check_direct(log, site, body.params, instance.entries)
             return _direct(log, site, found, body, params)
     return _slice(driver, body, params, candidate)
 

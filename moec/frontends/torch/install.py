@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -57,7 +58,8 @@ class CompiledMethod:
         self.executable: Executable | None = None
         self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
         self._stale = ""
-        self._hooks = self._hook_tables()
+        self.restored = False
+        self._hooks, self._modes = self._hook_tables(), self._mode_flags()
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -80,8 +82,12 @@ class CompiledMethod:
                         "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
                     )
             self.weights, self.executable = weights, self.build(weights)
-            self._hooks = self._hook_tables()
+            self._hooks, self._modes = self._hook_tables(), self._mode_flags()
         return self.executable
+
+    def module_device(self) -> str:
+        """Type of the device of the module's first parameter."""
+        return next((p.device.type for p in self.module.parameters()), "cpu")
 
     def moved(self) -> str:
         """Why it cannot serve the module as it is now; empty if it can."""
@@ -94,6 +100,8 @@ class CompiledMethod:
         return self._stale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.restored:  # somebody kept it, a wrapper around forward for example
+            return self.original(*args, **kwargs)
         try:
             executable = self.executable or self.ready()
             reason = self._blocked()
@@ -112,14 +120,14 @@ class CompiledMethod:
             return self._fall_back(str(unusual), args, kwargs)
         except MoecError as error:
             # Weights that are gone, or of another dtype since `.to()`: the original knows what to make of them.
-            if error.code not in ("MOEC230", "MOEC405"):
+            if error.code not in ("MOEC109", "MOEC230", "MOEC404", "MOEC405"):
                 raise
             return self._fall_back(error.message, args, kwargs)
 
     def _blocked(self) -> str | None:
         if self._stale:
             return self._stale
-        if self.module.training:
+        if self.module.training or any(flags["training"] for flags in self._modes):
             return "the layer is in training mode"
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return "autocast is on"
@@ -128,6 +136,11 @@ class CompiledMethod:
         if self.replaced and _GLOBAL_HOOKS():
             return "hooks on all modules are registered, and the layer replaces submodules"
         return None
+
+    def _mode_flags(self) -> tuple[dict[str, Any], ...]:
+        """`__dict__` of replaced leaf modules without weights: a dropout may be switched to training on its own."""
+        children = (self.module.get_submodule(path) for path in self.replaced)
+        return tuple(c.__dict__ for c in children if c is not self.module and not c._modules and not c._parameters)
 
     def _hook_tables(self) -> tuple[dict[int, Any], ...]:
         found: list[dict[int, Any]] = []
@@ -174,6 +187,7 @@ class CompiledMethod:
         )
         # Built on first use, when the new module is complete: it must then still be what it was copied from.
         copy._stale, copy._copied_from = self._stale, self._copied_from
+        copy._modes, copy.restored = (), self.restored
         if self.weights is not None:
             copy._stale, copy._copied_from = self.moved(), (repr(self.module), self.weights.layouts)
         return copy
@@ -244,7 +258,8 @@ class _Recompute(torch.autograd.Function):
         for place, tensor in zip(ctx.places, inputs, strict=True):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, ctx.spec)
-        with torch.enable_grad():
+        device = ctx.owner.module_device()
+        with torch.enable_grad(), eval_mode(ctx.owner.module), torch.autocast(device, enabled=False):
             outs = _Structure().split(ctx.owner.original(*args, **kwargs), leaves)
         wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad and g is not None]
@@ -257,8 +272,22 @@ class _Recompute(torch.autograd.Function):
         return (*[None] * 5, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])))
 
 
+@contextmanager
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """The mode in which the forward pass ran, whatever was switched since."""
+    training = [m for m in module.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 def install(compiled: CompiledMethod) -> None:
     """Override the method on the instance: one dict assignment, so an interrupt leaves no half-compiled module."""
+    compiled.restored = False
     compiled.module.__dict__[compiled.method] = compiled
 
 
@@ -281,5 +310,6 @@ def drop_own_methods(model: torch.nn.Module) -> None:
 
 def uninstall(compiled: CompiledMethod) -> None:
     """Give the instance its class's method back."""
+    compiled.restored = True
     if compiled.module.__dict__.get(compiled.method) is compiled:
         del compiled.module.__dict__[compiled.method]

@@ -17,6 +17,10 @@ class NotLifted(Exception):  # noqa: N818 - no error: most candidates are no MoE
     """A candidate cannot be lifted; the text says why, for the report."""
 
 
+class Chained(NotLifted):
+    """Products follow each other as layers do: no mixture, but there may be plain FFNs in them."""
+
+
 @dataclass(frozen=True)
 class Instance:
     """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between."""
@@ -59,7 +63,7 @@ def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
         if not sources:
             continue
         if any(behind[j][0] for j in sources):
-            raise NotLifted("experts chain more than two matrices")
+            raise Chained("experts chain more than two matrices")
         if used & set(sources):
             raise NotLifted("two products read the same expert's hidden values")
         used |= set(sources) | {i}
@@ -89,7 +93,9 @@ def check_instance(log: Log, instance: Instance) -> None:
     made = {slot for i in instance.middle for slot in log.entries[i].results}
     for index in instance.middle:
         for slot in log.entries[index].reads:
-            if slot not in stop and slot not in made and log.tensors[slot].numel() > 1:
+            if slot in stop or slot in made:
+                continue
+            if log.param_of(slot) is not None or log.tensors[slot].numel() > 1:
                 name = log.param_of(slot)
                 what = f"parameter {name!r}" if name else f"a tensor of shape {tuple(log.tensors[slot].shape)}"
                 raise NotLifted(f"hidden values are mixed with {what} by {log.entries[index].name}")

@@ -17,6 +17,7 @@ from moec.frontends.torch.body import Body, build_body
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, fit_roles, steering_reads, tensors_of
 from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted, find_instances
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
@@ -70,17 +71,24 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
     for site in sorted((s for s in log.sites if s.covers(reading.entries)), key=lambda s: s.end - s.start):
         roles = fit_roles(log, site, reading.body, params, routed=True)
         if roles is not None:
-            return _direct(log, site, roles, reading.body, params, read)
+            return _direct(log, site, roles, reading, params, read)
     return analyse_slice(driver, params, read)
 
 
 def _direct(
-    log: Log, site: Site, roles: Roles, body: Body, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]
+    log: Log,
+    site: Site,
+    roles: Roles,
+    reading: Reading,
+    params: Mapping[str, torch.Tensor],
+    read: Callable[[Log], Reading],
 ) -> Lifted:
+    body = reading.body
     binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
     # The choice of experts is read by any loop over them; dense weights are a choice too.
     values = [roles.x, roles.weights] if roles.form != "dense" and roles.weights is not None else [roles.x]
+    check_direct(log, site, body.params, reading.entries)
     steered = steering_reads(log, site, [bound[name].slot for name in values])
     if steered:
         raise NotLifted(steered)
@@ -88,6 +96,7 @@ def _direct(
     body = _every_expert(site, maker, body, read)
     x = maker.template[roles.x]
     dtype = common_dtype(body, params, x.dtype)
+    weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
     call = DirectCall(
         binder=binder,
         roles=roles,
@@ -96,8 +105,8 @@ def _direct(
         experts=body.experts,
         inputs=body.inputs,
         out_shapes={x.dim(): _result_shape(site, binder, maker, x, roles, body)},
+        weight_dtype=weight_dtype,
     )
-    weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
     return Lifted(
         name=site.path,
         kind="moe",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from moec.errors import MoecError
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Item
 from moec.frontends.torch.oplog import Log, Ref, slots
@@ -28,6 +29,8 @@ class Live:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    owner_shape: tuple[int, ...]
+    owner_stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ class Aligned:
         tensor = self.logs[0].tensors[same[0]]
         name = next(iter(names))
         if len(names) == 1 and name is not None and name.startswith(self.prefix):
-            offset = int(tensor.storage_offset() - self.logs[0].owned[name].storage_offset())
-            return Live(name.removeprefix(self.prefix), offset, tuple(tensor.shape), tuple(tensor.stride()))
+            owner = self.logs[0].owned[name]
+            offset = int(tensor.storage_offset() - owner.storage_offset())
+            layouts = (tuple(tensor.shape), tuple(tensor.stride()), tuple(owner.shape), tuple(owner.stride()))
+            return Live(name.removeprefix(self.prefix), offset, *layouts)
         # A literal in the code, torch.tensor(...), comes in through lift_fresh; any other tensor may be written later.
         constant = where == "lift_fresh"
         if (
@@ -160,7 +165,11 @@ def filler(tree: Any) -> Fill:
 def _live(module: torch.nn.Module, live: Live) -> torch.Tensor:
     path, _, leaf = live.name.rpartition(".")
     found = getattr(module.get_submodule(path) if path else module, leaf)
-    assert isinstance(found, torch.Tensor)
+    if not isinstance(found, torch.Tensor) or (tuple(found.shape), found.stride()) != (
+        live.owner_shape,
+        live.owner_stride,
+    ):
+        raise MoecError("MOEC230", f"{live.name!r} has another layout than when it was compiled")
     if tuple(found.shape) == live.shape and found.stride() == live.stride and live.offset == 0:
         return found
     return found.as_strided(live.shape, live.stride, found.storage_offset() + live.offset)

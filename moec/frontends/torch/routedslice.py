@@ -31,7 +31,7 @@ class Reading:
 
 def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
     """Slice the smallest block around the experts that can be; raises NotLifted with the reason for the smallest."""
-    seen, body = _observe(driver, read)
+    seen, more, body = _observe(driver, read)
     reasons = []
     for site in sites_of(seen[0])[:4]:
         name = site.label or "the model"
@@ -49,16 +49,17 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
                 f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
                 f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
             )
-            return slice_at(site, seen, solution, body, params, evidence)
+            return slice_at(site, seen, solution, body, params, evidence, more)
         except NotLifted as reason:
             reasons.append(str(reason))
     raise NotLifted(reasons[0] if reasons else "no call holds all of the experts")
 
 
-def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], Body]:
-    """Logs at several shapes, and the body unified over them once every expert has run."""
+def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], list[Log], Body]:
+    """Logs at several shapes, more that were needed until every expert had run, and the body unified over all."""
     x = single_input(driver)
     seen: list[Observed] = []
+    more: list[Log] = []
     reached: set[object] = set()
     body: Body | None = None
     for i in range(len(SHAPES) + _TRIES):
@@ -76,11 +77,11 @@ def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Obser
         reached |= reading.reached
         if i < len(SHAPES):
             seen.append(Observed(log, reading.entries))
-        elif len(reached) >= body.experts:
-            break
+        else:
+            more.append(log)
         if i >= len(SHAPES) - 1 and len(reached) >= body.experts:
             break
     assert body is not None
     if len(reached) < body.experts:
         raise NotLifted(f"{body.experts - len(reached)} of {body.experts} experts were never reached by the probes")
-    return seen, body
+    return seen, more, body

@@ -6,6 +6,7 @@ unusual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,12 +24,18 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor | None, torch.Tensor, int, int, int], Routing]
 
 
+def _slotted(values: torch.Tensor, *shape: int) -> torch.Tensor:
+    if values.numel() != math.prod(shape):
+        raise Unusual(f"a routing tensor has shape {tuple(values.shape)}, not {shape[1]} choices a token")
+    return values.reshape(shape)
+
+
 def from_indices(
     selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int
 ) -> Routing:
     """Expert indices and weights of the same number of slots."""
     assert selector is not None
-    return selector.reshape(tokens, slots), weights.reshape(tokens, slots)
+    return _slotted(selector, tokens, slots), _slotted(weights, tokens, slots)
 
 
 def from_unit_indices(
@@ -36,24 +43,24 @@ def from_unit_indices(
 ) -> Routing:
     """Expert indices alone; every weight is one (`weights` only lends its dtype)."""
     assert selector is not None
-    chosen = selector.reshape(tokens, slots)
+    chosen = _slotted(selector, tokens, slots)
     return chosen, torch.ones(chosen.shape, dtype=weights.dtype, device=weights.device)
 
 
 def from_mask(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
     """A one-hot row per slot; a row of zeros is a dropped token."""
     assert selector is not None
-    mask = selector.reshape(tokens, slots, experts)
+    mask = _slotted(selector, tokens, slots, experts)
     chosen = mask == 1
     count = chosen.sum(-1)
     if bool((count > 1).any()) or bool((mask[~chosen] != 0).any()):
         raise Unusual("a row of the dispatch mask is not one-hot")
-    return torch.where(count > 0, chosen.to(torch.uint8).argmax(-1), experts), weights.reshape(tokens, slots)
+    return torch.where(count > 0, chosen.to(torch.uint8).argmax(-1), experts), _slotted(weights, tokens, slots)
 
 
 def from_dense(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
     """A weight for every token and expert; zero means the expert is not asked."""
-    gates = weights.reshape(tokens, experts)
+    gates = _slotted(weights, tokens, experts)
     asked = gates != 0
     if tokens and int(asked.sum(-1).max()) > slots:
         raise Unusual(f"a token asks more than {slots} experts")

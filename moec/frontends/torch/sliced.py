@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.dropped import check_replaced, check_writes
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, Item, needed
-from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site, slots
+from moec.frontends.torch.oplog import HOST_READ, Ref, slots
 from moec.frontends.torch.program import Aligned, Fill, Step, filler
 from moec.frontends.torch.solve import Solution
 
@@ -55,7 +57,9 @@ class Slice:
         return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
 
 
-def slice_block(parts: Sequence[Blocks], found: Solution, outs: Sequence[int | None]) -> Slice:
+def slice_block(
+    parts: Sequence[Blocks], found: Solution, outs: Sequence[int | None], body: Body, named: Collection[int]
+) -> Slice:
     """The slice that holds for all the logs in `parts`. Raises NotLifted with the reason.
 
     The solution is for the first log; `outs` are the tensors the experts end in.
@@ -71,7 +75,10 @@ def slice_block(parts: Sequence[Blocks], found: Solution, outs: Sequence[int | N
     if kept is None or ahead is None:
         raise NotLifted("the block's result needs values computed among its experts")
     chosen = {item.start: item for item in [*kept, *ahead]}
-    _check_effects(log, site, list(chosen.values()))
+    kept_entries = {i for item in chosen.values() for i in range(item.start, item.end)}
+    dropped = set(range(site.start, site.end)) - kept_entries
+    check_replaced(log, (found.y, found.complete + 1), dropped, named, body.params, site.start)
+    check_writes(log, site.start, site.end, site.label or "the model")
     _check_reads(main, found)
     before = [chosen[i] for i in sorted(chosen) if i < main.first]
     after = [chosen[i] for i in sorted(chosen) if i >= main.first]
@@ -110,15 +117,6 @@ def _single_input(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]]]:
     return tensors[0], [tuple(p.log.tensors[g[0]].shape) for p, g in zip(parts, given, strict=True)]
 
 
-def _check_effects(log: Log, site: Site, kept: Sequence[Item]) -> None:
-    outside = {log.storages[s] for s in slots((site.args, site.kwargs))}
-    for item in kept:
-        for index in range(item.start, item.end):
-            for slot in log.entries[index].writes:
-                if log.param_of(slot) is not None or log.storages[slot] in outside:
-                    raise NotLifted(f"{item.name} writes into the block's input or its parameters")
-
-
 def _check_reads(blocks: Blocks, found: Solution) -> None:
     """A value read on the host steers Python code that the slice no longer runs: only the experts' choice may."""
     log = blocks.log
@@ -143,7 +141,7 @@ def _from_choice(blocks: Blocks, choice: frozenset[int], slot: int, at: int) -> 
             continue
         made = log.producer(current)
         sources = [*log.writers(current, moment), *([made] if made is not None else [])]
-        if not sources and log.tensors[current].is_floating_point():
+        if not sources and (log.tensors[current].is_floating_point() or log.param_of(current) is not None):
             return False
         for index in sources:
             if index < blocks.site.start:

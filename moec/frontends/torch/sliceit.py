@@ -22,7 +22,7 @@ from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log, Site
+from moec.frontends.torch.oplog import Log, Site, slots
 from moec.frontends.torch.probing import counts, inputs
 from moec.frontends.torch.sliced import slice_block
 from moec.frontends.torch.solve import Solution
@@ -77,11 +77,12 @@ def slice_at(
     body: Body,
     params: Mapping[str, torch.Tensor],
     evidence: Sequence[str],
+    more: Sequence[Log] = (),
 ) -> Lifted:
-    """The lifted layer that slices `site`; the solution is for the first log."""
+    """The lifted layer that slices `site`; the solution is for the first log, `more` reach experts `seen` do not."""
     parts = [split(o.log, same_site(site, o.log), o.entries) for o in seen]
     _enclosed(parts)
-    sliced = slice_block(parts, solution, [o.out for o in seen])
+    sliced = slice_block(parts, solution, [o.out for o in seen], body, seen[0].entries)
     log = seen[0].log
     given = log.tensors[sliced.input_slot]
     call = SlicedCall(
@@ -95,6 +96,8 @@ def slice_at(
         inputs=body.inputs,
         width=given.shape[-1],
     )
+    # What made an expert run while observing is compared by value too: a rare expert may be treated as none other is.
+    reached = [_given(site, found) for found in (*(o.log for o in seen), *more)]
     return Lifted(
         name=site.path,
         kind="ffn" if solution.form is None else "moe",
@@ -107,7 +110,7 @@ def slice_at(
         views=weight_views(body, site.path, dense=solution.form is None),
         replaced=_replaced(parts[0]),
         evidence=tuple(evidence),
-        probes=partial(_probes, site, call, body, solution, params, given),
+        probes=partial(_probes, site, call, body, solution, params, given, reached),
         dtype=log.tensors[solution.x].dtype,
         host=sliced.text,
     )
@@ -121,6 +124,14 @@ def _region(name: str, log: Log, solution: Solution, body: Body, params: Mapping
     return lift_moe(
         name, body, slots=solution.num_slots, dtype=dtype, weight_dtype=weight_dtype, on_input=solution.on_input
     )
+
+
+def _given(site: Site, log: Log) -> torch.Tensor:
+    """The tensor the site was called with."""
+    found = same_site(site, log)
+    value = log.value(slots((found.args, found.kwargs))[0], found.start)
+    assert value is not None
+    return value.clone()
 
 
 def _enclosed(parts: Sequence[Blocks]) -> None:
@@ -147,9 +158,11 @@ def _probes(
     solution: Solution,
     params: Mapping[str, torch.Tensor],
     given: torch.Tensor,
+    reached: Sequence[torch.Tensor],
 ) -> Iterator[Probe]:
     sizes = counts(site.module, body, solution.num_slots)
-    for label, x in inputs(given.dim(), given.shape[-1], given.dtype, given.device, sizes):
+    made = inputs(given.dim(), given.shape[-1], given.dtype, given.device, sizes)
+    for label, x in (*made, *((f"observed input {i}", x) for i, x in enumerate(reached))):
         bound = {**call.sliced.others, call.sliced.x_name: x}
         args, kwargs = call.binder.unbind(bound)
         yield Probe(

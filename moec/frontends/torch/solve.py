@@ -53,11 +53,37 @@ def _before(blocks: Blocks) -> list[_Candidate]:
         value = blocks.log.value(slot, blocks.first)
         if value is None or not value.numel() or blocks.log.param_of(slot) is not None:
             continue
+        if _dispatched(blocks, slot):
+            continue
         if not any(
             value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found
         ):
             found.append(_Candidate(slot, value))
     return found
+
+
+def _dispatched(blocks: Blocks, slot: int) -> bool:
+    """True for rows and routing already put in an order that the routing decides.
+
+    On the probes such a tensor may equal the one in the tokens' order, and differ from it on other inputs.
+    """
+    log = blocks.log
+    for index in log.closure([(slot, blocks.first)], start=blocks.site.start):
+        entry = log.entries[index]
+        if entry.name in ("nonzero", "masked_select", "_unique2", "unique_dim", "bincount"):
+            return True
+        if entry.name in ("sort", "argsort"):
+            keys = log.tensors[entry.reads[0]]
+            if keys.dim() == 1 or not keys.is_floating_point():
+                return True
+    return False
+
+
+def _chosen_rows(blocks: Blocks, slot: int) -> bool:
+    """True for floats that were picked by index: tokens are computed from the input, not picked from it."""
+    log = blocks.log
+    behind = log.closure([(slot, blocks.first)], start=blocks.site.start)
+    return any(log.entries[i].name in ("index", "index_select", "gather", "topk", "sort", "argsort") for i in behind)
 
 
 def _after(blocks: Blocks, body: Body, start: int) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -82,6 +108,7 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
     loose = 1e-4 if _precise(params, body) else 4e-2
     ends = list(_after(blocks, body, blocks.last))
     wide = [c for c in candidates if c.value.is_floating_point() and c.value.dim() and c.value.shape[-1] == body.inputs]
+    wide = [c for c in wide if not _chosen_rows(blocks, c.slot)]
     # Rows already repeated for their experts would do too, but the tokens themselves say more.
     for x in sorted(wide, key=lambda c: c.value.numel()):
         tokens = x.value.numel() // body.inputs

@@ -52,6 +52,8 @@ class Handle:
         return copied
 
 
+# Under a caller's inference_mode, tensors would keep no count of the writes that are watched for.
+@torch.inference_mode(False)
 def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:
     """Compile the MoE and FFN layers of `model` and return a twin of it that shares all its tensors.
 
@@ -95,6 +97,7 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     return target
 
 
+@torch.inference_mode(False)
 def explain(model: Any, example_inputs: Example = None, **options: Any) -> Report:
     """The report that compile would give, without changing anything."""
     chosen = Options.make(**{**options, "inplace": False, "strict": False})
@@ -221,6 +224,11 @@ def _work(
         _check_strict(report)
     if example is not None and options.verify:
         report.whole_model_error = _whole_model_error(probe, example, found, layers)
+        if report.whole_model_error is None:
+            for layer in report.compiled:
+                layer.status, layer.reason = "left alone", "the compiled model raised on example_inputs"
+        if options.strict:
+            _check_strict(report)
     return report, layers
 
 
@@ -247,14 +255,16 @@ def _check_strict(report: Report) -> None:
 
 def _whole_model_error(
     probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], found: Analysis, layers: Sequence[Compiled]
-) -> float:
-    """Relative L2 of the compiled model's result against the original's on example_inputs."""
+) -> float | None:
+    """Relative L2 of the compiled model's result against the original's on example_inputs; None if it raised."""
     methods = [layer.method_for(probe) for layer in layers if layer.layer.compiled]
     try:
         for method in methods:
             install(method)
         with torch.no_grad():
             result = probe(*example[0], **example[1])
+    except Exception:  # the original ran on these inputs, so whatever this is, it is not for the user
+        return None
     finally:
         for method in methods:
             uninstall(method)

@@ -40,6 +40,10 @@ class _Home:
     steps: tuple[tuple[dict[str, Any], str, Any], ...]
     owner: Any
     leaf: str
+    sizes: tuple[tuple[dict[str, Any], int], ...] = ()
+    """The containers on the way and how many modules they held: an expert added later is not in the formula."""
+    absent: tuple[str, ...] = ()
+    """Parameters the owner did not have, such as a bias: the formula has none either."""
 
     @classmethod
     def of(cls, module: torch.nn.Module, name: str) -> _Home:
@@ -51,13 +55,19 @@ class _Home:
                 raise MoecError("MOEC230", f"the module has no weight {name!r}", hint="call moec.refresh(model)")
             steps.append((owner._modules, part, child))
             owner = child
-        return cls(tuple(steps), owner, leaf)
+        sizes = tuple((table, len(table)) for table, _, _ in steps)
+        absent = tuple(name for name, p in owner._parameters.items() if p is None)
+        return cls(tuple(steps), owner, leaf, sizes, absent)
 
     def read(self) -> torch.Tensor | None:
         """The live tensor; None when a module on the way was replaced, or the tensor is gone."""
         for table, key, expected in self.steps:
-            if table.get(key) is not expected:
+            if table.get(key) is not expected or "forward" in expected.__dict__:
                 return None
+        if any(len(table) != size for table, size in self.sizes):
+            return None
+        if any(self.owner._parameters.get(name) is not None for name in self.absent):
+            return None
         found = self.owner._parameters.get(self.leaf)
         if found is None:
             found = self.owner._buffers.get(self.leaf)
@@ -150,7 +160,9 @@ class WeightStore:
 
     def version(self) -> Hashable:
         """Changes when a parameter is replaced, moved, cast or written in place; `p.data` writes are not seen."""
-        return tuple((id(p), p.data_ptr(), p._version, p.dtype) for p in map(self.param, self._homes))
+        return tuple(
+            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in map(self.param, self._homes)
+        )
 
     @property
     def nbytes(self) -> int:

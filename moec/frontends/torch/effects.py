@@ -14,6 +14,11 @@ _MACHINERY = frozenset(
 _BUFFER_LIMIT = 1 << 24
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """Rises with each write in place; tensors made under inference_mode keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Watch:
     """Remembers a module's state; `changes()` names what differs now, `undo()` puts it back."""
 
@@ -22,7 +27,7 @@ class Watch:
         self.rng = torch.get_rng_state()
         self.python_rng = random.getstate()
         self.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
-        self.params = [(name, p, p._version) for name, p in module.named_parameters()]
+        self.params = [(name, p, _version(p)) for name, p in module.named_parameters()]
         self.state: list[tuple[str, torch.nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         self.values: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
         for name, child in module.named_modules():
@@ -33,7 +38,7 @@ class Watch:
             for key, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     copy = buffer.detach().clone() if buffer.numel() <= _BUFFER_LIMIT else None
-                    self.values.append((f"{name}.{key}".lstrip("."), buffer, buffer._version, copy))
+                    self.values.append((f"{name}.{key}".lstrip("."), buffer, _version(buffer), copy))
 
     def changes(self) -> list[str]:
         """One phrase per effect, empty when the run was pure."""
@@ -41,8 +46,8 @@ class Watch:
         if not torch.equal(self.rng, torch.get_rng_state()) or self.python_rng != random.getstate():
             found.append("draws random numbers")
         found += ["changes its input in place" for tensor, version in self.inputs if tensor._version != version][:1]
-        found += [f"changes parameter {name!r}" for name, p, version in self.params if p._version != version]
-        found += [f"changes buffer {name!r}" for name, buffer, version, _ in self.values if buffer._version != version]
+        found += [f"changes parameter {name!r}" for name, p, version in self.params if _version(p) != version]
+        found += [f"changes buffer {name!r}" for name, buffer, version, _ in self.values if _version(buffer) != version]
         for name, child, before, copies, buffers in self.state:
             prefix = f"{name}." if name else ""
             found += [f"replaces buffer {prefix + k!r}" for k, v in child._buffers.items() if buffers.get(k) is not v]
@@ -59,7 +64,7 @@ class Watch:
         torch.set_rng_state(self.rng)
         random.setstate(self.python_rng)
         for _, buffer, version, copy in self.values:
-            if copy is not None and buffer._version != version:
+            if copy is not None and _version(buffer) != version:
                 buffer.detach().copy_(copy)
         for _, child, before, copies, buffers in self.state:
             child._buffers.update(buffers)

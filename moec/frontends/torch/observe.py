@@ -70,7 +70,8 @@ class Driver:
             self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)]
         )
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
-        watch.inputs = [(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        watch.inputs = [(t, t._version) for t in given if not t.is_inference()]
         try:
             with users_code(self.path):
                 log = record(self.module, args, kwargs, path=self.path)

@@ -18,6 +18,9 @@ _HOOKS = (
 )  # fmt: skip
 
 
+_COUNTER_BYTES = 4096
+
+
 def make_twin(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters and buffers are the model's own objects.
 
@@ -38,7 +41,8 @@ def make_twin(model: nn.Module) -> nn.Module:
 
 def make_probe(model: nn.Module) -> nn.Module:
     """A twin in eval mode with buffers and hooks of its own: running it is not seen by the model."""
-    shared = {id(p): p for p in model.parameters()}
+    # A parameter as small as a counter may be one; weights are shared, nothing writes those in a forward.
+    shared = {id(p): p for p in model.parameters() if p.numel() * p.element_size() > _COUNTER_BYTES}
     probe = copy.deepcopy(model, shared)
     for module in probe.modules():
         for name in _HOOKS:

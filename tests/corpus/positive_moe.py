@@ -37,7 +37,9 @@ for size, arguments in SIZES.items():
         if size not in {"square", "e5_k4_odd"} and style not in {"loop_list", "gathered"}:
             continue
         build = partial(STYLES[style], **arguments)  # type: ignore[arg-type]
-        add(f"{style}.{size}", f"{style} at sizes {arguments}", build, dim=arguments.get("dim", 16))
+        # One expert a token, renormalised: a weight of one for every token, so that sliced code does not show its place.
+        inline: Any = {"inline_expect": "either"} if arguments["top_k"] == 1 else {}
+        add(f"{style}.{size}", f"{style} at sizes {arguments}", build, dim=arguments.get("dim", 16), **inline)
 
 TINY = {
     "e1_k1": {"experts": 1, "top_k": 1},  # a dense FFN in an expert's clothes

@@ -172,7 +172,8 @@ def test_numbers_come_from_arguments_and_constants() -> None:
 
     log = log_of(code, rand(4), factor=torch.tensor(0.5))
     found = constants(log, range(len(log.entries)))
-    assert {0.5, 1.25, 2.0, 2.5, 3.5, 7.0} <= set(found)
+    assert {1.25, 2.0, 2.5, 3.5, 7.0} <= set(found)
+    assert 0.5 not in found, "what the module owns may change, it is no constant"
 
 
 def body_of(middle: Callable[[Tensor], Tensor]) -> Any:

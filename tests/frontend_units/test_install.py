@@ -220,7 +220,7 @@ def test_hooks_on_the_layer_itself_are_called(layer: Installed) -> None:
     assert (seen, layer.ran()) == ([1], (1, 0))
 
 
-@pytest.mark.parametrize("error", [MoecError("MOEC404", "an input"), RuntimeError("of torch"), KeyError("k")])
+@pytest.mark.parametrize("error", [MoecError("MOEC406", "a graph"), RuntimeError("of torch"), KeyError("k")])
 def test_other_errors_are_not_hidden(layer: Installed, error: Exception) -> None:
     layer.call.error = error
     with pytest.raises(type(error)):

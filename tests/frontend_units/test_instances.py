@@ -72,8 +72,14 @@ def test_products_alone_are_experts_of_one_matrix() -> None:
 
 
 def test_a_number_in_between_is_no_mixture() -> None:
-    _, found = find(lambda m, x: F.linear(F.linear(x, m.u0).relu() * m.s * 0.5, m.d0), rand(3, D))
+    _, found = find(lambda m, x: F.linear(F.linear(x, m.u0).relu() * torch.tensor(3.0) * 0.5, m.d0), rand(3, D))
     assert len(found) == 1
+
+
+def test_a_parameter_in_between_is_no_number() -> None:
+    """However small: what was a one when it was looked at is trained or loaded later."""
+    with pytest.raises(NotLifted, match="mixed with parameter 's'"):
+        find(lambda m, x: F.linear(F.linear(x, m.u0).relu() * m.s, m.d0), rand(3, D))
 
 
 def twice_down(m: Any, x: Tensor) -> Tensor:

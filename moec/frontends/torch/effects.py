@@ -16,7 +16,8 @@ _BUFFER_LIMIT = 1 << 24
 
 def _version(tensor: torch.Tensor) -> int:
     """Rises with each write in place; tensors made under inference_mode keep no count."""
-    return 0 if tensor.is_inference() else tensor._version
+    lazy = isinstance(tensor, torch.nn.parameter.UninitializedParameter | torch.nn.parameter.UninitializedBuffer)
+    return 0 if lazy or tensor.is_inference() else tensor._version
 
 
 class Watch:

@@ -65,7 +65,9 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         instances = find_instances(log, linears)
         body = build_body(log, instances, unify(log, driver.module, driver.path, instances, dict(params)))
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))
-        return Reading(body, entries, frozenset(inst.ups[0].weight for inst in instances))
+        return Reading(
+            body, entries, frozenset(inst.ups[0].weight for inst in instances if log.tensors[inst.rows].numel())
+        )
 
     reading = read(log)
     for site in sorted((s for s in log.sites if s.covers(reading.entries)), key=lambda s: s.end - s.start):

@@ -55,6 +55,19 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
     raise NotLifted(reasons[0] if reasons else "no call holds all of the experts")
 
 
+def _toward_experts(module: torch.nn.Module, probe: torch.Tensor, experts: int) -> torch.Tensor:
+    """Tokens along the rows of any [E, D] parameter: where a router's rows are, each expert is chosen by its own."""
+    width = probe.shape[-1]
+    rows = [p.detach() for p in module.parameters() if tuple(p.shape) == (experts, width)]
+    if not rows:
+        return probe
+    every = torch.cat([sign * scale * r for r in rows for sign in (1, -1) for scale in (1.0, 10.0)])
+    tokens = probe.reshape(-1, width).clone()
+    count = min(len(every), len(tokens))
+    tokens[:count] = every[:count].to(tokens.dtype) + 0.01 * tokens[:count]
+    return tokens.view(probe.shape)
+
+
 def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], list[Log], Body]:
     """Logs at several shapes, more that were needed until every expert had run, and the body unified over all."""
     x = single_input(driver)
@@ -66,6 +79,8 @@ def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Obser
         batch, length = SHAPES[i] if i < len(SHAPES) else (2, 16 * 2 ** min(i - len(SHAPES), 4))
         shape = (batch, length, x.shape[-1]) if x.dim() == 3 else (batch * length, x.shape[-1])
         probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
+        if i > len(SHAPES) and body is not None:
+            probe = _toward_experts(driver.module, probe, body.experts)
         log, effects = driver.with_input(probe).observe()
         if effects:
             raise NotLifted(f"the block {effects[0]}")

@@ -13,6 +13,7 @@ import torch
 
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.direct import near
+from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks
 from moec.frontends.torch.oplog import slots
 from moec.frontends.torch.routing import FORMS
@@ -117,10 +118,17 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
         if not fitting:
             continue
         outputs = _ExpertOutputs(body, params, rows)
+        unclear = False
         for form, selector, weights, num_slots in _routings(candidates, x, tokens, body.experts):
             chosen = _routing(form, selector, weights, rows, tokens, body.experts, num_slots)
             if chosen is None:
                 continue
+            # Weights that are one wherever they were probed may stand anywhere, or be applied elsewhere again.
+            if weights is not None and form == "indices" and bool((weights.value == weights.value.flatten()[0]).all()):
+                unclear = unclear or bool((weights.value == 1).all())
+                continue
+            if form == "unit" and unclear:
+                raise NotLifted("the routing weights were one for every token probed: where they act cannot be told")
             for on_input in (False, True) if form != "unit" else (False,):
                 mine = outputs.combine(*chosen, on_input=on_input)
                 for slot, index, value in fitting:

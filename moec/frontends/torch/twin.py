@@ -21,6 +21,11 @@ _HOOKS = (
 _COUNTER_BYTES = 4096
 
 
+def _may_count(param: nn.Parameter) -> bool:
+    plain = type(param) is nn.Parameter and type(param.data) is torch.Tensor
+    return plain and param.numel() * param.element_size() <= _COUNTER_BYTES
+
+
 def make_twin(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters and buffers are the model's own objects.
 
@@ -42,7 +47,7 @@ def make_twin(model: nn.Module) -> nn.Module:
 def make_probe(model: nn.Module) -> nn.Module:
     """A twin in eval mode with buffers and hooks of its own: running it is not seen by the model."""
     # A parameter as small as a counter may be one; weights are shared, nothing writes those in a forward.
-    shared = {id(p): p for p in model.parameters() if p.numel() * p.element_size() > _COUNTER_BYTES}
+    shared = {id(p): p for p in model.parameters() if not _may_count(p)}
     probe = copy.deepcopy(model, shared)
     for module in probe.modules():
         for name in _HOOKS:

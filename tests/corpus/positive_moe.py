@@ -37,7 +37,7 @@ for size, arguments in SIZES.items():
         if size not in {"square", "e5_k4_odd"} and style not in {"loop_list", "gathered"}:
             continue
         build = partial(STYLES[style], **arguments)  # type: ignore[arg-type]
-        # One expert a token, renormalised: a weight of one for every token, so that sliced code does not show its place.
+        # One expert a token, renormalised: every weight is one, so that sliced code does not show where it acts.
         inline: Any = {"inline_expect": "either"} if arguments["top_k"] == 1 else {}
         add(f"{style}.{size}", f"{style} at sizes {arguments}", build, dim=arguments.get("dim", 16), **inline)
 

@@ -73,9 +73,12 @@ def fit_roles(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tenso
 
 
 def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float) -> bool:
-    """Relative L2 within `bar`; two zeros are not evidence of anything."""
-    norm = theirs.norm()
-    return bool(torch.isfinite(norm) and norm > 0 and (mine - theirs).norm() <= bar * norm)
+    """Relative L2 of each row within `bar`, so that rows of a large scale do not hide those of a small one.
+
+    Two zeros are not evidence of anything.
+    """
+    norm, gap = theirs.norm(dim=-1), (mine - theirs).norm(dim=-1)
+    return bool(torch.isfinite(norm).all() and (norm > 0).any() and (gap <= bar * norm).all())
 
 
 def _predict(

@@ -7,7 +7,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moec-installed
 # For pip, such as an index of CPU builds of torch: make setup PIP_ARGS='--index-url URL'
 PIP_ARGS ?=
+# For pytest, such as one file: make test PYTEST_ARGS=tests/test_cli.py
 PYTEST_ARGS ?=
+# On 2 cores two processes take 6 minutes where one takes more than 10.
+PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format bench clean
@@ -28,10 +31,10 @@ demo: $(STAMP) ## compile a really trained small MoE and show everything
 	$(PY) -m moec demo
 
 test: $(STAMP) ## the tests, without the long matrices
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## the tests with the long matrices
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@failed=; for tool in "ruff check" "ruff format --check" mypy lint-imports; do \

@@ -10,7 +10,7 @@ PIP_ARGS ?=
 # For pytest, such as one file: make test PYTEST_ARGS=tests/test_cli.py
 PYTEST_ARGS ?=
 # On 2 cores two processes take 6 minutes where one takes more than 10.
-PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 8
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format bench clean

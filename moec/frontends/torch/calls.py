@@ -146,4 +146,5 @@ class SlicedCall:
             (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
         env[s.y_slot] = y.reshape(s.y_size(module, env, dims)).to(s.y_dtype)
         run(s.after, module, env, dims)
+        env[s.input_slot] = given  # a block that hands its input back hands back that very tensor
         return s.returns(module, env, dims)

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.moec-installed
 PIP_ARGS ?=
 # For pytest, such as one file: make test PYTEST_ARGS=tests/test_cli.py
 PYTEST_ARGS ?=
-# On 2 cores two processes take 6 minutes where one takes more than 10.
+# On 2 cores two processes took 6 minutes where one took 10.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help

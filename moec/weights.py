@@ -64,10 +64,12 @@ class _Home:
         for table, key, expected in self.steps:
             if table.get(key) is not expected or "forward" in expected.__dict__:
                 return None
-        if any(len(table) != size for table, size in self.sizes):
-            return None
-        if any(self.owner._parameters.get(name) is not None for name in self.absent):
-            return None
+        for container, size in self.sizes:
+            if len(container) != size:
+                return None
+        for name in self.absent:
+            if self.owner._parameters.get(name) is not None:
+                return None
         found = self.owner._parameters.get(self.leaf)
         if found is None:
             found = self.owner._buffers.get(self.leaf)
@@ -118,7 +120,7 @@ class WeightStore:
 
     def _live(self, name: str) -> torch.Tensor:
         tensor, layout = self.param(name), self._layouts[name]
-        if tuple(tensor.shape) != layout.shape or tensor.stride() != layout.stride:
+        if tensor.shape != layout.shape or tensor.stride() != layout.stride:
             was, now = (layout.shape, layout.stride), (tuple(tensor.shape), tensor.stride())
             raise MoecError(
                 "MOEC230",

@@ -11,10 +11,17 @@ from moec.backends.reference.activations import fused
 from moec.ir.ops_fused import FusedActivation
 
 aten = torch.ops.aten
+
+
+def _gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    # With an `out` that is not contiguous, torch 2.13's own writes elsewhere.
+    return aten.gelu.out(x, out=out) if out.is_contiguous() else out.copy_(aten.gelu(x))
+
+
 _INTO: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "identity": lambda x, out: out.copy_(x),
     "silu": lambda x, out: aten.silu.out(x, out=out),
-    "gelu": lambda x, out: aten.gelu.out(x, out=out),
+    "gelu": _gelu,
     "gelu_tanh": lambda x, out: aten.gelu.out(x, approximate="tanh", out=out),
     "relu": lambda x, out: torch.clamp(x, min=0, out=out),
     "relu2": lambda x, out: torch.clamp(x, min=0, out=out).square_(),
@@ -34,10 +41,6 @@ class FastActivation:
         self._interleaved = op.layout.startswith("interleaved")
         self._pair = replace(op, layout="pair") if self.gated else op
         self._up_first = op.layout.endswith("up_first")
-
-    def width(self, outputs: int) -> int:
-        """F, for a first product of this many outputs."""
-        return outputs // 2 if self.gated and self._op.layout != "pair" else outputs
 
     def __call__(self, h: torch.Tensor, up: torch.Tensor | None, out: torch.Tensor, axis: int = -1) -> torch.Tensor:
         """h[..., F or 2F, ...] and up[..., F, ...]?, both along `axis` -> out, which has F there."""

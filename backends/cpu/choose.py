@@ -7,62 +7,51 @@ were measured to cross on several layers of either kind; none of them is sharp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from moec.backends.cpu.batch import PART_BYTES
+from moec.backends.cpu.each import GROUP
+from moec.backends.cpu.grouped import fits_grouped
 from moec.backends.cpu.machine import Machine
 from moec.backends.cpu.operands import Layer
+from moec.backends.cpu.pack import Packed
 from moec.backends.cpu.slots import Slots
 
-EACH, PAIRS, BATCH, TABLES = "each", "pairs", "batch", "tables"
+EACH, BATCH, GROUPED, TABLES = "each", "batch", "grouped", "tables"
 
 # An expert of this many bytes keeps the cores busy with one row.
-LARGE_BYTES = 4 * 2**20
+LARGE_BYTES = 3 * 2**20
 # Rows per expert up to which weighted sums of table rows beat products: a product reads the weights once for all rows.
 TABLE_ROWS = 12
-# Operations per expert from which one call for each is as good as one for two, in fp32.
-PAIR_WORK = 8e6
-# Slots up to which widening 16-bit weights to fp32, two experts at a time, beats copying experts together.
-WIDENED_SLOTS = 16
-# Operations per expert from which one call for each is as good as a batch, in 16 bits.
-BATCH_WORK = 120e6
+# Operations per expert from which one call for each is as good as a batch, by the size of an element.
+BATCH_WORK = {4: 8e6, 2: 120e6}
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What the choice depends on: the bytes of one expert's weights, and the rows and operations of a hit expert."""
-
-    expert_bytes: int
-    slots: int
-    rows: float
-    operations: float
-
-
-def work_of(layer: Layer, slots: Slots) -> Work:
-    """The work that these slots are."""
-    elements = 0
-    nbytes = 0
-    for product in layer.products.values():
-        matrix = product.w[0]
-        elements += matrix.numel()
-        nbytes += matrix.nbytes
+def choose(layer: Layer, slots: Slots, dtype: torch.dtype, machine: Machine, packed: Packed, *, tables: bool) -> str:
+    """The way for these slots; `tables` says whether the layer has them, packed or because it lies so."""
     rows = slots.num_slots / slots.hit.size
-    return Work(nbytes, slots.num_slots, rows, 2 * rows * elements)
-
-
-def choose(layer: Layer, slots: Slots, dtype: torch.dtype, machine: Machine, *, packed: bool, tables: bool) -> str:
-    """The way for these slots; `packed` and `tables` say what the layer has besides its weights as they lie."""
-    work = work_of(layer, slots)
-    if tables and work.rows <= TABLE_ROWS:
+    if tables and rows <= TABLE_ROWS:
         return TABLES
-    if packed or not layer.stacked or work.expert_bytes >= LARGE_BYTES or slots.hit.size == 1:
+    if not _takes_several(layer, dtype, machine, packed):
         return EACH
-    if dtype == torch.float32:
-        return PAIRS if work.operations <= PAIR_WORK else EACH
-    if dtype not in machine.native:
-        # Products are computed in fp32 either way.
-        return PAIRS if dtype.itemsize == 2 and work.operations <= PAIR_WORK else EACH
-    if work.slots <= WIDENED_SLOTS:
-        return PAIRS
-    return BATCH if work.operations <= BATCH_WORK else EACH
+    if slots.hit.size > 1 and _small(layer, rows, dtype):
+        return BATCH
+    return GROUPED if dtype.itemsize == 2 and rows <= GROUP and fits_grouped(layer) else EACH
+
+
+def choose_token(layer: Layer, k: int, dtype: torch.dtype, machine: Machine, packed: Packed) -> str:
+    """The way for one token with K experts, before anything is known about them: a batch, or "" where others may do."""
+    copied = k * layer.sizes.expert_bytes
+    several = k > 1 and copied <= PART_BYTES and _takes_several(layer, dtype, machine, packed)
+    return BATCH if several and _small(layer, 1, dtype) else ""
+
+
+def _takes_several(layer: Layer, dtype: torch.dtype, machine: Machine, packed: Packed) -> bool:
+    """Whether products of several experts at once are possible and fast."""
+    return (dtype == torch.float32 or dtype in machine.native) and not packed.onednn and layer.stacked
+
+
+def _small(layer: Layer, rows: float, dtype: torch.dtype) -> bool:
+    """Whether experts with so many rows each are better off in batches."""
+    small = layer.sizes.expert_bytes < LARGE_BYTES
+    return small and 2 * rows * layer.sizes.elements <= BATCH_WORK[dtype.itemsize]

@@ -7,7 +7,7 @@ import torch
 from moec.backends.cpu.activation import FastActivation
 from moec.backends.cpu.each import Ways, run_one
 from moec.backends.cpu.machine import machine
-from moec.backends.cpu.operands import dense_layer
+from moec.backends.cpu.operands import Sizes, dense_layer
 from moec.backends.cpu.pack import Packed, pack
 from moec.backends.reference.dtypes import DTYPES
 from moec.backends.reference.frame import Frame
@@ -19,7 +19,7 @@ class FastDense:
 
     def __init__(self, op: DenseFfn) -> None:
         self.op = op
-        self._activation = FastActivation(op)
+        self._activation, self._sizes = FastActivation(op), Sizes.of(op)
         self._packed = Packed()
 
     @property
@@ -29,17 +29,19 @@ class FastDense:
 
     def pack(self, at: Frame) -> None:
         """Copy the weights into the layout that is fastest here."""
-        self._packed = pack(dense_layer(self.op, self._activation, at), DTYPES[self.op.x.type.dtype], machine())
+        self._packed = pack(
+            dense_layer(self.op, self._activation, self._sizes, at), DTYPES[self.op.x.type.dtype], machine()
+        )
 
     def run(self, at: Frame) -> tuple[torch.Tensor, ...]:
         """The op's result for the frame's input x[..., D]."""
         x = at.tensor(self.op.x)
-        layer = dense_layer(self.op, self._activation, at)
-        rows = x.reshape(-1, x.shape[-1])
+        layer = dense_layer(self.op, self._activation, self._sizes, at)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
-            return (x.new_zeros(*x.shape[:-1], layer.width_out),)
-        y = run_one(layer, Ways(machine(), self._packed.onednn), 0, rows)
-        return (y.reshape(*x.shape[:-1], layer.width_out),)
+            return (x.new_zeros(*x.shape[:-1], self._sizes.width_out),)
+        y = run_one(layer, Ways(machine(), self._packed.onednn), 0, rows, rows.shape[0])
+        return (y if x.dim() == 2 else y.reshape(*x.shape[:-1], self._sizes.width_out),)
 
     def describe(self) -> str:
         """The way it has, and what is packed."""

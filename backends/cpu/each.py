@@ -17,11 +17,13 @@ from moec.backends.cpu.scratch import scratch
 from moec.backends.cpu.slots import Slots
 from moec.backends.cpu.sums import combine
 
-# Rows for which weights @ rows.T, which reads the weights as they lie, beats rows @ weights.T in bf16, which first
-# brings them into the order that bf16 instructions want. Found to hold for expert sizes from 0.5 to 15 MB.
-TRANSPOSED_ROWS = range(32, 129)
-# Multiply-adds from which oneDNN's fixed cost of about 10 microseconds a call is won back.
-ONEDNN_WORK = 2**19
+# rows @ weights.T in 16 bits first brings the weights into the order that the CPU's instructions want. weights @ rows.T
+# reads them as they lie, so for some dozens of rows, in full groups of this many, it is faster by a tenth to a half.
+GROUP = 16
+FULL_GROUPS = frozenset({32, 48, 64, 96, 128})
+# Multiply-adds from which oneDNN's fixed cost of about 10 microseconds a call is won back: from packed weights, and
+# from weights as they lie.
+PACKED_WORK, PLAIN_WORK = 2**18, 2**20
 # Up to this much between the products, one activation for all experts is cheaper than one each; beyond it, what an
 # expert's first product wrote is better used while it is in the cache.
 TOGETHER_BYTES = 4 * 2**20
@@ -34,10 +36,10 @@ class Ways:
         self._machine, self._packed = machine, packed or {}
 
     def linear(self, name: str, product: Product, e: int, x: torch.Tensor) -> torch.Tensor:
-        """x[M, C] -> [M, N], possibly transposed in memory: x @ w[e].T + b[e]."""
+        """x[M, C] -> [M, N]: x @ w[e].T + b[e]."""
         b = None if product.b is None else product.b[e].to(x.dtype)
         packed = self._packed.get(name)
-        if packed is not None:
+        if packed is not None and x.shape[0] * packed[e].numel() >= PACKED_WORK:
             return onednn_linear(x, packed[e], b)
         w = product.w[e]
         if product.scale is not None:
@@ -50,37 +52,36 @@ class Ways:
         """x[M, C], w[N, C], b[N]? -> [M, N] from weights as they lie."""
         if x.itemsize == 2 and x.dtype not in self._machine.native:
             return self._plain(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
-        if x.dtype == torch.float32 and self._machine.onednn_f32 and x.shape[0] * w.numel() >= ONEDNN_WORK:
+        if x.dtype == torch.float32 and self._machine.onednn_f32 and x.shape[0] * w.numel() >= PLAIN_WORK:
             return onednn_linear(x, w, b)
-        if self._transposed(x, w):
-            y = torch.mm(w, x.t()).t()
-            return y if b is None else y.add_(b)
         return F.linear(x, w, b)
 
-    def _transposed(self, x: torch.Tensor, w: torch.Tensor) -> bool:
-        rows = x.shape[0]
-        # Groups of 32 columns that are at most half full are computed well, those fuller but not full are not.
-        return (
-            rows in TRANSPOSED_ROWS
-            and rows % 32 <= 16
-            and x.dtype == torch.bfloat16
-            and x.dtype in self._machine.native
-            and w.stride(-1) == 1
-        )
+    def turned(self, layer: Layer, dtype: torch.dtype, rows: int) -> int:
+        """How many rows to compute for this many with weights on the left, 0 where they stay on the right."""
+        padded = -(-rows // GROUP) * GROUP
+        if rows <= GROUP or padded not in FULL_GROUPS or self._packed:
+            return 0
+        if dtype.itemsize != 2 or dtype not in self._machine.native:
+            return 0
+        plain = all(p.scale is None and p.w[0].stride(-1) == 1 for p in layer.products.values())
+        return padded if plain else 0
 
 
 def run_each(layer: Layer, ways: Ways, x: torch.Tensor, slots: Slots, weights: torch.Tensor) -> torch.Tensor:
     """x[T, D], slots of T tokens, weights[T, K] -> [T, O]."""
     num_slots = slots.num_slots
-    tokens = torch.from_numpy(slots.tokens)
-    rows = torch.index_select(x, 0, tokens, out=scratch("rows", (num_slots, x.shape[1]), x.dtype))
+    # Rows behind the last one may be computed along with it; what they hold does not matter.
+    buffer = scratch("rows", (num_slots + GROUP, x.shape[1]), x.dtype)
+    rows = buffer[:num_slots]
+    torch.index_select(x, 0, torch.from_numpy(slots.tokens), out=rows)
     experts, counts = slots.hit.tolist(), slots.counts.tolist()
-    parts = rows.split(counts)
-    if num_slots * layer.width_in * x.itemsize <= TOGETHER_BYTES:
-        ys = _by_product(layer, ways, experts, parts)
+    if num_slots <= GROUP * len(experts) and num_slots * layer.sizes.width_in * x.itemsize <= TOGETHER_BYTES:
+        ys = _by_product(layer, ways, experts, rows.split(counts))
     else:
-        ys = [run_one(layer, ways, e, part) for e, part in zip(experts, parts, strict=True)]
-    y = torch.cat(ys, out=scratch("y", (num_slots, layer.width_out), x.dtype))
+        ys = []
+        for e, start, count in zip(experts, slots.starts.tolist(), counts, strict=True):
+            ys.append(run_one(layer, ways, e, buffer[start:], count))
+    y = torch.cat(ys, out=scratch("y", (num_slots, layer.sizes.width_out), x.dtype))
     return combine(y, np.arange(num_slots), slots, weights)
 
 
@@ -91,19 +92,33 @@ def _by_product(layer: Layer, ways: Ways, experts: list[int], parts: Sequence[to
     for name, product in zip(("first", "up"), layer.products_in, strict=False):
         h = [ways.linear(name, product, e, part) for e, part in zip(experts, parts, strict=True)]
         both.append(torch.cat(h, out=scratch(name, (num_rows, h[0].shape[1]), dtype)))
-    a = layer.activation(both[0], both[1] if len(both) > 1 else None, scratch("a", (num_rows, layer.width), dtype))
+    a = layer.activation(
+        both[0], both[1] if len(both) > 1 else None, scratch("a", (num_rows, layer.sizes.width), dtype)
+    )
     rows = a.split([part.shape[0] for part in parts])
     return [ways.linear("second", layer.second, e, row) for e, row in zip(experts, rows, strict=True)]
 
 
-def run_one(layer: Layer, ways: Ways, e: int, x: torch.Tensor) -> torch.Tensor:
-    """x[M, D] -> [M, O]: one expert on its rows."""
+def run_one(layer: Layer, ways: Ways, e: int, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first M = `rows` of x[>= M, D] -> [M, O]: one expert on its rows."""
+    padded = ways.turned(layer, x.dtype, rows)
+    if padded and padded <= x.shape[0]:
+        return _run_turned(layer, e, x[:padded])[:, :rows].t()
+    x = x[:rows]
     h = ways.linear("first", layer.first, e, x)
     up = None if layer.up is None else ways.linear("up", layer.up, e, x)
-    if h.is_contiguous():
-        a = layer.activation(h, up, scratch("a", (x.shape[0], layer.width), x.dtype))
-    else:
-        # Both lie transposed, so the activation is computed on the transpose, along memory.
-        up = None if up is None else up.t()
-        a = layer.activation(h.t(), up, scratch("a", (layer.width, x.shape[0]), x.dtype), axis=0).t()
+    a = layer.activation(h, up, scratch("a", (rows, layer.sizes.width), x.dtype))
     return ways.linear("second", layer.second, e, a)
+
+
+def _run_turned(layer: Layer, e: int, x: torch.Tensor) -> torch.Tensor:
+    """x[M, D] -> [O, M]: one expert with weights on the left of both products."""
+    h, *up = (_left(product, e, x.t()) for product in layer.products_in)
+    a = layer.activation(h, up[0] if up else None, scratch("a", (layer.sizes.width, x.shape[0]), x.dtype), axis=0)
+    return _left(layer.second, e, a)
+
+
+def _left(product: Product, e: int, x: torch.Tensor) -> torch.Tensor:
+    """x[C, M] -> [N, M]: w[e] @ x + b[e]."""
+    y = torch.mm(product.w[e], x)
+    return y if product.b is None else y.add_(product.b[e].to(x.dtype).unsqueeze(1))

@@ -1,25 +1,22 @@
-"""What this machine's CPU is good at, found out once per process in a few milliseconds."""
+"""What this machine's CPU is good at. Nothing is timed, so that equal machines compute equal bits."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import platform
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
-
-# oneDNN must win by this much before it replaces torch's own product; the two are either about equal or far apart,
-# so that a busy machine does not change the answer.
-CLEAR_WIN = 1.4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`onednn`: torch's oneDNN linear is there and right. `onednn_f32`: in fp32 it clearly beats torch's BLAS.
+    """What the choice of a way depends on.
 
-    BLAS libraries tuned for other vendors' CPUs leave half the speed of an AVX-512 machine unused. `native`: the 16-bit
-    types that products are computed in without widening the operands first.
+    `onednn`: torch's oneDNN linear is there and right. `onednn_f32`: in fp32 it beats torch's BLAS by far, which is so
+    where that is MKL on another maker's AVX-512 CPU: MKL then uses half of the width. `native`: the 16-bit types that
+    products are computed in without widening the operands first.
     """
 
     onednn: bool
@@ -49,7 +46,7 @@ def machine() -> Machine:
     """The machine this process runs on."""
     with torch.inference_mode(False), torch.no_grad():
         onednn = _onednn_works()
-        return Machine(onednn, onednn and _onednn_f32_wins(), _native())
+        return Machine(onednn, onednn and _mkl_is_slow(), _native())
 
 
 def _onednn_works() -> bool:
@@ -64,21 +61,20 @@ def _onednn_works() -> bool:
         return False
 
 
-def _onednn_f32_wins() -> bool:
-    x, w = torch.full((32, 512), 0.5), torch.full((512, 512), 0.25)
-    ours, theirs = _best_times(lambda: onednn_linear(x, w), lambda: torch.nn.functional.linear(x, w))
-    return ours * CLEAR_WIN < theirs
+def _mkl_is_slow() -> bool:
+    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return "intel" not in cpu_maker().lower()
 
 
-def _best_times(*calls: Callable[[], object], rounds: int = 12) -> tuple[float, ...]:
-    """The shortest time of each call, taken in turns."""
-    best = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return tuple(best)
+def cpu_maker() -> str:
+    """The CPU's maker as it names itself, such as GenuineIntel; empty where that cannot be found out."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        # On Windows this is like "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel".
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _native() -> frozenset[torch.dtype]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from moec.backends.cpu.activation import FastActivation
 from moec.backends.reference.frame import Frame
 from moec.backends.reference.joined import Experts, Joined
-from moec.ir import DenseFfn, ExpertFfn, Value
+from moec.ir import DTYPES, DenseFfn, ExpertFfn, Value
 
 
 class Product(NamedTuple):
@@ -37,6 +38,52 @@ class Product(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """What never changes about an op: its sizes, and how its experts weigh in."""
+
+    num_experts: int
+    width: int
+    """F."""
+    width_in: int
+    """Columns of all first products together: F, or 2F with a gate."""
+    width_out: int
+    """O, usually D."""
+    elements: int
+    """Of one expert's matrices together."""
+    expert_bytes: int
+    """Of one expert's matrices together."""
+    matrix_bytes: int
+    """Of the largest matrix."""
+    inputs: int
+    """Of the longest sum."""
+
+    @classmethod
+    def of(cls, op: ExpertFfn | DenseFfn) -> Sizes:
+        """The sizes of an op; a dense_ffn is one expert."""
+        matrices = [w for w in (op.w_in, op.w_out, op.w_up) if w is not None]
+        shapes = [tuple(_number(w, axis) for axis in range(w.type.rank))[-2:] for w in matrices]
+        nbytes = [prod(shape) * DTYPES[w.type.dtype] for w, shape in zip(matrices, shapes, strict=True)]
+        gated = op.layout != "none"
+        width = shapes[1][1]
+        return cls(
+            num_experts=_number(op.w_in, 0) if op.w_in.type.rank == 3 else 1,
+            width=width,
+            width_in=2 * width if gated else width,
+            width_out=shapes[1][0],
+            elements=sum(map(prod, shapes)),
+            expert_bytes=sum(nbytes),
+            matrix_bytes=max(nbytes),
+            inputs=max(inputs for _, inputs in shapes),
+        )
+
+
+def _number(value: Value, axis: int) -> int:
+    size = value.type.shape[axis].constant
+    assert size is not None, f"{value}: sizes of weights are numbers"
+    return size
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """An expert_ffn over live weights: what one call needs besides tokens."""
 
@@ -44,16 +91,7 @@ class Layer:
     up: Product | None
     second: Product
     activation: FastActivation
-    num_experts: int
-    width: int
-    """F."""
-    width_out: int
-    """O, usually D."""
-
-    @property
-    def width_in(self) -> int:
-        """Columns of all first products together: F, or 2F with a gate."""
-        return self.width * (2 if self.activation.gated else 1)
+    sizes: Sizes
 
     @property
     def products(self) -> dict[str, Product]:
@@ -69,10 +107,12 @@ class Layer:
     @property
     def stacked(self) -> bool:
         """Whether each product's weights are one tensor of floating point numbers, which several at once need."""
-        return all(p.stack is not None and p.scale is None for p in self.products.values())
+        return all(
+            p is None or (isinstance(p.w, torch.Tensor) and p.scale is None) for p in (self.first, self.up, self.second)
+        )
 
 
-def expert_layer(op: ExpertFfn, activation: FastActivation, at: Frame) -> Layer:
+def expert_layer(op: ExpertFfn, activation: FastActivation, sizes: Sizes, at: Frame) -> Layer:
     """The weights of an expert_ffn as they are now."""
     first = Product(at.experts(op.w_in), at.maybe_experts(op.b_in), at.maybe_experts(op.scale_in))
     second = Product(at.experts(op.w_out), at.maybe_experts(op.b_out), at.maybe_experts(op.scale_out))
@@ -81,11 +121,10 @@ def expert_layer(op: ExpertFfn, activation: FastActivation, at: Frame) -> Layer:
         up = Product(at.experts(op.w_up), at.maybe_experts(op.b_up), at.maybe_experts(op.scale_up))
     else:
         first, up = _take_apart(first, op.layout)
-    width = activation.width(constant_size(op.w_in, 1))
-    return Layer(first, up, second, activation, constant_size(op.w_in, 0), width, constant_size(op.w_out, 1))
+    return Layer(first, up, second, activation, sizes)
 
 
-def dense_layer(op: DenseFfn, activation: FastActivation, at: Frame) -> Layer:
+def dense_layer(op: DenseFfn, activation: FastActivation, sizes: Sizes, at: Frame) -> Layer:
     """The weights of a dense_ffn as they are now, as those of one expert."""
 
     def product(w: Value, b: Value | None, scale: Value | None) -> Product:
@@ -97,8 +136,7 @@ def dense_layer(op: DenseFfn, activation: FastActivation, at: Frame) -> Layer:
         up = product(op.w_up, op.b_up, op.scale_up)
     else:
         first, up = _take_apart(first, op.layout)
-    width = activation.width(constant_size(op.w_in, 0))
-    return Layer(first, up, second, activation, 1, width, constant_size(op.w_out, 0))
+    return Layer(first, up, second, activation, sizes)
 
 
 def _one(at: Frame, value: Value) -> Experts:
@@ -106,7 +144,7 @@ def _one(at: Frame, value: Value) -> Experts:
     found = at.experts(value)
     if isinstance(found, Joined):
         return Joined([_unsqueezed(part) for part in found.parts], found.axis + 1)
-    return _unsqueezed(found)
+    return (found,) if isinstance(found, torch.Tensor) else _unsqueezed(found)
 
 
 def _unsqueezed(weight: Experts) -> torch.Tensor:
@@ -115,6 +153,8 @@ def _unsqueezed(weight: Experts) -> torch.Tensor:
 
 def _take_apart(first: Product, layout: str) -> tuple[Product, Product | None]:
     """Gate and up as two products where they are joined weights that were left where they lie."""
+    if not isinstance(first.w, Joined):
+        return first, None
     gates, ups = [], []
     for parts in first:
         pieces: Sequence[Experts | None] = (None, None)
@@ -132,13 +172,6 @@ def _take_apart(first: Product, layout: str) -> tuple[Product, Product | None]:
     assert gates[0] is not None
     assert ups[0] is not None
     return Product(gates[0], *gates[1:]), Product(ups[0], *ups[1:])
-
-
-def constant_size(value: Value, axis: int) -> int:
-    """A size of a weight, which is a number."""
-    size = value.type.shape[axis].constant
-    assert size is not None, f"{value}: sizes of weights are numbers"
-    return size
 
 
 def bias_rows(b: Experts, experts: list[int], counts: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -41,7 +41,7 @@ def packs_as(layer: Layer, dtype: torch.dtype, machine: Machine) -> tuple[str, s
         return "", "nothing, int8 weights are used as they are"
     if layer.first.w[0].device.type != "cpu":
         return "", "nothing, the weights are not on a CPU"
-    if layer.num_experts > 1 and fits_tables(layer, dtype):
+    if layer.sizes.num_experts > 1 and fits_tables(layer, dtype):
         return "tables", "as tables"
     if machine.onednn and dtype in (torch.float32, torch.bfloat16):
         return "onednn", "for oneDNN"
@@ -50,13 +50,8 @@ def packs_as(layer: Layer, dtype: torch.dtype, machine: Machine) -> tuple[str, s
 
 def fits_tables(layer: Layer, dtype: torch.dtype) -> bool:
     """Whether experts are small enough, and sums short enough, to be run as tables."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    for product in layer.products.values():
-        outputs, inputs = product.w[0].shape
-        if outputs * inputs * dtype.itemsize > TABLE_BYTES or inputs > TABLE_INPUTS:
-            return False
-    return True
+    small = layer.sizes.matrix_bytes <= TABLE_BYTES and layer.sizes.inputs <= TABLE_INPUTS
+    return small and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pack(layer: Layer, dtype: torch.dtype, machine: Machine) -> Packed:
@@ -92,7 +87,7 @@ def _table(product: Product) -> torch.Tensor:
 
 def find_tables(layer: Layer, packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tables of all products, packed ones or views of weights that lie so; empty where one is missing."""
-    if not packed.tables and not (layer.stacked and fits_tables(layer, dtype)):
+    if not packed.tables and (not fits_tables(layer, dtype) or table_of(layer.first.stack) is None):
         return {}
     found: dict[str, torch.Tensor] = {}
     for name, product in layer.products.items():

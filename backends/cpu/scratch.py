@@ -13,18 +13,23 @@ import torch
 # Larger requests are served by new memory: a buffer stays for the life of its thread.
 MAX_BYTES = 64 * 2**20
 
-_local = threading.local()
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.by_use: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+_buffers = _Buffers()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor of this shape; what the last user of the same name and dtype wrote is gone."""
     size = prod(shape)
-    if size * dtype.itemsize > MAX_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    buffers = _local.__dict__
-    found: torch.Tensor | None = buffers.get(f"{name} {dtype}")
+    found = _buffers.by_use.get((name, dtype))
     if found is None or found.numel() < size:
+        if size * dtype.itemsize > MAX_BYTES:
+            return torch.empty(shape, dtype=dtype)
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            found = buffers[f"{name} {dtype}"] = torch.empty(size, dtype=dtype)
+            found = _buffers.by_use[name, dtype] = torch.empty(size, dtype=dtype)
     return found[:size].view(shape)

@@ -66,3 +66,9 @@ def find_slots(ids: torch.Tensor, num_experts: int) -> Slots:
     order = np.argsort(key, kind="stable")[: int(counts.sum())]
     hit = np.flatnonzero(counts)
     return Slots(num_tokens, k, order, hit, counts[hit])
+
+
+def all_inside(ids: torch.Tensor, num_experts: int) -> bool:
+    """Whether every id, and there are some, is an expert's; for few ids."""
+    listed = ids.reshape(-1).tolist()
+    return bool(min(listed) >= 0 and max(listed) < num_experts)

@@ -11,6 +11,9 @@ import torch
 
 from moec.backends.cpu.slots import Ints, Slots
 
+# So few rows are widened faster than weights are split.
+FEW_ROWS = 64
+
 
 def bags(rows: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """rows[N, D], index[I], starts[B], weights[I] -> [B, D]: bag b is the sum of weights[i] * rows[index[i]], i from
@@ -23,13 +26,23 @@ def combine(rows: torch.Tensor, places: Ints, slots: Slots, weights: torch.Tenso
 
     places[i] is the row of slot slots.order[i]. A token without slots gets zeros.
     """
-    index, starts, flat = _index(places, slots, weights)
+    if slots.num_tokens == 1 and slots.num_slots == rows.shape[0] == slots.k:
+        choice = np.empty_like(slots.order)
+        choice[places] = slots.order
+        return combine_one(rows, weights.reshape(-1).index_select(0, torch.from_numpy(choice)).unsqueeze(0))
+    return weighted(rows, *_index(places, slots, weights))
+
+
+def weighted(rows: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`bags` with weights of any floating point type."""
     narrow = rows.dtype in (torch.bfloat16, torch.float16)
-    if not narrow or flat.dtype == rows.dtype:
-        return bags(rows, index, starts, flat.to(rows.dtype))
+    if not narrow or weights.dtype == rows.dtype:
+        return bags(rows, index, starts, weights.to(rows.dtype))
+    if index.numel() <= FEW_ROWS:
+        return bags(rows.float(), index, starts, weights.float()).to(rows.dtype)
     # The kernel wants weights in the rows' type. Two of them, rounded value and rest, keep what fp32 weights know.
-    high = flat.to(rows.dtype)
-    low = flat.sub(high).nan_to_num_(0.0).to(rows.dtype)
+    high = weights.to(rows.dtype)
+    low = weights.sub(high).nan_to_num_(0.0).to(rows.dtype)
     both = torch.stack([high, low], 1).view(-1)
     y = bags(rows, index.repeat_interleave(2), starts * 2, both)
     bad = y.isnan()
@@ -37,7 +50,7 @@ def combine(rows: torch.Tensor, places: Ints, slots: Slots, weights: torch.Tenso
         # An infinite row times a rest of 0 is not a number: such tokens are summed anew with one weight, no others,
         # whose last bit would change.
         bad = bad.any(1)
-        y[bad] = bags(rows.float(), index, starts, flat.float()).to(rows.dtype)[bad]
+        y[bad] = bags(rows.float(), index, starts, weights.float()).to(rows.dtype)[bad]
     return y
 
 

@@ -13,7 +13,10 @@ import torch
 
 from moec.backends.cpu.operands import Layer, Product
 from moec.backends.cpu.slots import Slots
-from moec.backends.cpu.sums import bags, combine, combine_one
+from moec.backends.cpu.sums import bags, combine, combine_one, weighted
+
+# So few rows gain nothing from lying sorted by expert.
+FEW_SLOTS = 64
 
 
 def table_of(w: torch.Tensor | None) -> torch.Tensor | None:
@@ -28,16 +31,30 @@ def run_tables(
     layer: Layer, tables: dict[str, torch.Tensor], x: torch.Tensor, slots: Slots, weights: torch.Tensor
 ) -> torch.Tensor:
     """x[T, D], slots of T tokens, weights[T, K] -> [T, O]; `tables` holds those of first, second and maybe up."""
-    experts = np.repeat(slots.hit, slots.counts)
+    # Sorted by expert, so that what one row read is in the cache for the next.
+    ids = torch.from_numpy(np.repeat(slots.hit, slots.counts))
     rows = x.index_select(0, torch.from_numpy(slots.tokens))
-    ids = torch.from_numpy(experts)
-    h = _product(layer.first, tables["first"], ids, rows)
-    up = None if layer.up is None else _product(layer.up, tables["up"], ids, rows)
-    a = layer.activation(h, up, h.new_empty(h.shape[0], layer.width))
-    y = _product(layer.second, tables["second"], ids, a)
-    if slots.num_tokens == 1 and slots.all_there:
-        return combine_one(y, weights[:, torch.from_numpy(slots.order)])
-    return combine(y, np.arange(slots.num_slots), slots, weights)
+    return combine(_rows(layer, tables, ids, rows), np.arange(slots.num_slots), slots, weights)
+
+
+def run_tables_as_they_come(
+    layer: Layer, tables: dict[str, torch.Tensor], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """x[T, D], ids[T, K] that all name an expert, weights[T, K] -> [T, O]: for few tokens, not worth sorting."""
+    num_tokens, k = ids.shape
+    y = _rows(layer, tables, ids.reshape(-1).long(), x.repeat_interleave(k, 0))
+    if num_tokens == 1:
+        return combine_one(y, weights)
+    starts = torch.arange(0, num_tokens * k, k)
+    return weighted(y, torch.arange(num_tokens * k), starts, weights.reshape(-1))
+
+
+def _rows(layer: Layer, tables: dict[str, torch.Tensor], ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x[S, D], ids[S] -> [S, O]: each row through its expert."""
+    h = _product(layer.first, tables["first"], ids, x)
+    up = None if layer.up is None else _product(layer.up, tables["up"], ids, x)
+    a = layer.activation(h, up, h.new_empty(h.shape[0], layer.sizes.width))
+    return _product(layer.second, tables["second"], ids, a)
 
 
 def _product(product: Product, table: torch.Tensor, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from moec.backends.cpu.activation import FastActivation
-from moec.backends.cpu.choose import BATCH, EACH, PAIRS, TABLES
+from moec.backends.cpu.choose import BATCH, EACH, GROUPED, TABLES
 from moec.backends.cpu.expert_ffn import run_experts
+from moec.backends.cpu.grouped import fits_grouped
 from moec.backends.cpu.machine import machine
-from moec.backends.cpu.operands import Layer, expert_layer
+from moec.backends.cpu.operands import Layer, Sizes, expert_layer
 from moec.backends.cpu.pack import Packed, pack_as
 from moec.backends.reference.activations import act, split
 from moec.backends.reference.frame import Frame
@@ -24,7 +25,7 @@ from moec.backends.reference.table import MEANINGS
 from moec.ir import Builder, ExpertFfn, Tensor, Value
 
 PACKED = "packed"
-WAYS = (EACH, PAIRS, BATCH, TABLES, PACKED)
+WAYS = (EACH, BATCH, GROUPED, TABLES, PACKED)
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "i8"}
 
 
@@ -39,7 +40,9 @@ class Case:
     layer: Layer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layer = expert_layer(self.op, FastActivation(self.op), Frame(dict(self.weights), {}, {}))
+        self.layer = expert_layer(
+            self.op, FastActivation(self.op), Sizes.of(self.op), Frame(dict(self.weights), {}, {})
+        )
 
     def meaning(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op by its meaning."""
@@ -61,7 +64,7 @@ class Case:
         """The ways that this layer can be run in."""
         ways = [EACH]
         if self.layer.stacked and self.dtype != torch.float64:
-            ways += [PAIRS, BATCH]
+            ways += [BATCH] + [GROUPED] * fits_grouped(self.layer)
         if all(p.scale is None for p in self.layer.products.values()):
             ways += [TABLES] if self.dtype != torch.float64 else []
             ways += [PACKED] if machine().onednn and self.dtype in (torch.float32, torch.bfloat16) else []
@@ -157,7 +160,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def eager(case: Case, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The op as models spell it: expert by expert in x's own dtype, rounding after every operation."""
     w = case.weights
-    y = x.new_zeros(x.shape[0], case.layer.width_out)
+    y = x.new_zeros(x.shape[0], case.layer.sizes.width_out)
     for e in range(case.experts):
         tokens, choices = (ids == e).nonzero(as_tuple=True)
         rows = x[tokens]

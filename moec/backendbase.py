@@ -42,6 +42,10 @@ class Weights(Protocol):
         """A weight that is not per expert."""
         ...
 
+    def placement(self) -> Hashable:
+        """Changes when a weight is replaced or its memory is elsewhere, and not when it is written in place."""
+        ...
+
     def version(self) -> Hashable:
         """Changes when a weight is replaced, moved, cast or written in place."""
         ...

@@ -5,8 +5,9 @@ N outputs, C inputs of a matrix; E experts.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from moec.errors import MoecError
@@ -75,6 +76,47 @@ class _Home:
             found = self.owner._buffers.get(self.leaf)
         return found  # type: ignore[no-any-return]
 
+    def holder(self) -> dict[str, Any]:
+        """The table that the tensor is in."""
+        own: dict[str, Any] = self.owner._parameters
+        return own if own.get(self.leaf) is not None else self.owner._buffers
+
+
+class _Places:
+    """Where a store's parameters were, to be compared in a few passes at the speed of C: lists of experts are long."""
+
+    def __init__(self, homes: Iterable[_Home]) -> None:
+        steps = {(id(table), key): (table, key, child) for home in homes for table, key, child in home.steps}
+        self._tables = [table for table, _, _ in steps.values()]
+        self._keys = [key for _, key, _ in steps.values()]
+        self._children = [child for _, _, child in steps.values()]
+        self._attributes = [child.__dict__ for child in self._children]
+        sizes = {id(table): (table, size) for home in homes for table, size in home.sizes}
+        self._containers, self._sizes = [t for t, _ in sizes.values()], [size for _, size in sizes.values()]
+        absent = {(id(home.owner), name): (home.owner, name) for home in homes for name in home.absent}
+        self._absent_from = [owner._parameters for owner, _ in absent.values()]
+        self._absent = [name for _, name in absent.values()]
+        self._owners = [home.holder() for home in homes]
+        self._leaves = [home.leaf for home in homes]
+        self._tensors = list(map(dict.get, self._owners, self._leaves))
+        self._addresses = self._where(self._tensors)
+
+    @staticmethod
+    def _where(tensors: Sequence[Any]) -> list[tuple[int, tuple[int, ...]]]:
+        return [(t.data_ptr(), t.stride()) for t in tensors]
+
+    def same(self) -> bool:
+        """Whether every module and parameter is still the one it was, with its memory where it was."""
+        now = list(map(dict.get, self._owners, self._leaves))
+        return (
+            all(map(is_, now, self._tensors))
+            and all(map(is_, map(dict.get, self._tables, self._keys), self._children))
+            and not any("forward" in attributes for attributes in self._attributes)
+            and list(map(len, self._containers)) == self._sizes
+            and not any(found is not None for found in map(dict.get, self._absent_from, self._absent))
+            and self._where(now) == self._addresses
+        )
+
 
 class WeightStore:
     """Named weights of one region as views of `module`'s parameters.
@@ -90,6 +132,8 @@ class WeightStore:
         names = sorted({view.param for entry in self.views.values() for view in _as_tuple(entry)})
         self._homes = {name: _Home.of(module, name) for name in names}
         self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
+        self._places: _Places | None = None
+        self._placement = 0
         self._even = {name: _even_step(entry) for name, entry in self.views.items() if isinstance(entry, tuple)}
 
     @property
@@ -101,6 +145,19 @@ class WeightStore:
     def layouts(self) -> Mapping[str, Hashable]:
         """Shape and strides of each parameter when the views were taken."""
         return self._layouts
+
+    def placement(self) -> int:
+        """A number that changes when a parameter was replaced or its memory is elsewhere; writes in place keep it.
+
+        Raises what `check` raises.
+        """
+        if self._places is None or not self._places.same():
+            self._places = None
+            self.check()
+            places = _Places(list(self._homes.values()))
+            self._placement += 1
+            self._places = places
+        return self._placement
 
     def check(self) -> None:
         """Raise MOEC230 unless every parameter is where it was, in the layout it had."""

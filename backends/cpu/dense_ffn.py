@@ -17,6 +17,8 @@ from moec.ir import DenseFfn
 class FastDense:
     """Runs one dense_ffn. Weights are read from the frame on each call; packed copies are this object's own."""
 
+    device = "cpu"
+
     def __init__(self, op: DenseFfn) -> None:
         self.op = op
         self._activation, self._sizes = FastActivation(op), Sizes.of(op)

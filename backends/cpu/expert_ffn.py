@@ -22,6 +22,8 @@ from moec.ir import ExpertFfn
 class FastExperts:
     """Runs one expert_ffn. Weights are read from the frame on each call; packed copies are this object's own."""
 
+    device = "cpu"
+
     def __init__(self, op: ExpertFfn) -> None:
         self.op = op
         self._activation, self._sizes = FastActivation(op), Sizes.of(op)

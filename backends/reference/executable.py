@@ -73,8 +73,7 @@ class RegionExecutable:
         """The region's outputs. Raises MOEC404 and MOEC109 for inputs that do not fit, MOEC405 for weights."""
         sizes = self._inputs.check(inputs)
         with torch.no_grad():
-            values: dict[str, Experts] = dict(self._current().values)
-            values.update((name, self._live[name].read()) for name in self._read)
+            values = self._weights()
             values.update(zip(self._inputs.names, inputs, strict=True))
             at = Frame(values, self._opaques, sizes)
             if self._sized:
@@ -84,6 +83,12 @@ class RegionExecutable:
                 for name in step.drop:
                     del at.values[name]
             return tuple(at.tensor(value) for value in self._region.outputs)
+
+    def _weights(self) -> dict[str, Experts]:
+        """The weights that a call needs, in a dict of its own."""
+        values: dict[str, Experts] = dict(self._current().values)
+        values.update((name, self._live[name].read()) for name in self._read)
+        return values
 
     @property
     def nbytes_packed(self) -> int:
@@ -149,8 +154,9 @@ class RegionExecutable:
                     if node in self._once:
                         copies.update((value.name, whole(at.values[value.name])) for value in node.results)
                         at.values.update(copies)
-                for one in fast if at.device.type == "cpu" else ():
-                    one.pack(at)
+                for one in fast:
+                    if one.device == at.device.type:
+                        one.pack(at)
         guarded = bool(copies) or any(one.nbytes_packed for one in fast)
         self._held = Held(version if guarded else None, copies)
 

@@ -12,11 +12,14 @@ from moec.ir import Op
 
 
 class Fast(Protocol):
-    """One op of a region, run in another way than by its meaning; asked only for tensors on a CPU.
+    """One op of a region, run in another way than by its meaning; asked only for tensors on `device`.
 
     It is right for every frame that the op's types allow, and reads weights from the frame on each call. Copies of them
     it makes in `pack` and nowhere else, and puts in place by one assignment: calls may run at the same time.
     """
+
+    device: str
+    """The type of the device whose tensors it takes, such as "cpu"; on others the op runs by its meaning."""
 
     @property
     def nbytes_packed(self) -> int:

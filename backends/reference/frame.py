@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 
@@ -48,7 +49,7 @@ class Frame:
         known = [Value(value.name, value.type.substitute(self._sizes)) for value in found]
         self._sizes |= bind_sizes(known, [shape_of(experts) for experts in found.values()])
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the run happens: the device of the first tensor, the CPU if there is none."""
         tensors = (x for x in self.values.values() if isinstance(x, torch.Tensor))

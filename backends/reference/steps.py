@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moec.backends.reference.fast import Fast, Planner
 from moec.backends.reference.frame import Frame
+from moec.backends.reference.joined import Experts
 from moec.backends.reference.table import MEANINGS
 from moec.ir import ConcatWeights, Node, QuantizeWeight, Region, Value, Weight
 
@@ -25,8 +26,12 @@ class Step:
     def run(self, at: Frame) -> None:
         """Put the op's results into the frame."""
         try:
-            fast = self.fast if at.device.type == "cpu" else None
-            results = MEANINGS[type(self.node.op)](self.node.op, at) if fast is None else fast.run(at)
+            fast = self.fast
+            results: Sequence[Experts]
+            if fast is not None and at.device.type == fast.device:
+                results = fast.run(at)
+            else:
+                results = MEANINGS[type(self.node.op)](self.node.op, at)
         except Exception as error:
             error.add_note(f"in {self.node}")
             raise

@@ -193,6 +193,50 @@ def test_weights_that_are_not_where_they_were(how: str) -> None:
     assert "moec.refresh" in raised.value.hint
 
 
+def move(module: Weights) -> None:
+    weight = module.get_parameter("experts.2.weight")
+    weight.data = weight.data.clone()
+
+
+def replace_one(module: Weights) -> None:
+    weight = module.get_parameter("experts.1.weight")
+    module.get_submodule("experts.1").weight = nn.Parameter(weight.detach().clone())
+
+
+@pytest.mark.parametrize("act", [move, replace_one, replace, lambda m: m.to(torch.float64)])
+def test_placement_changes_when_memory_does(act: Callable[[Weights], Any]) -> None:
+    module = Weights()
+    store = WeightStore(module, VIEWS)
+    before = store.placement()
+    halve(module)
+    assert store.placement() == before
+    act(module)
+    after = store.placement()
+    assert after != before
+    assert store.placement() == after
+
+
+def add_expert(module: Weights) -> None:
+    module.experts.append(nn.Linear(C, N, bias=False))
+
+
+def wrap(module: Weights) -> None:
+    expert = module.experts[0]
+    expert.forward = expert.forward
+
+
+@pytest.mark.parametrize("act", [shrink, restride, remove, swap_module, add_expert, wrap])
+def test_placement_sees_what_reading_sees(act: Callable[[Weights], Any]) -> None:
+    module = Weights()
+    store = WeightStore(module, VIEWS)
+    store.placement()
+    act(module)
+    for _ in range(2):
+        with pytest.raises(MoecError) as raised:
+            store.placement()
+        assert raised.value.code == "MOEC230"
+
+
 def test_only_experts_that_are_asked_for_are_read() -> None:
     """Listed experts: one that is broken is not touched when it is not hit."""
     module = Weights()

@@ -1,0 +1,108 @@
+"""Both products with one program per multiprocessor, weights by TMA: for many rows per expert, on Hopper and later.
+
+P pairs (token * K + choice), E experts, D model width, F expert width, O output width. `meta` as in group.py. Weights
+are descriptors over [E, N, C], or [E, C, N] with TURNED, whose blocks reach past an edge as zeros.
+"""
+
+# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from moec.backends.triton.kernels.activation import activate
+from moec.backends.triton.kernels.address import dot
+from moec.backends.triton.kernels.tiles import epilogue_vector, place_of
+
+
+@triton.jit
+def load_block(weights, e, n, c, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr):
+    """The block of expert e's matrix from output n and input c on, [BK, BN]."""
+    if TURNED:
+        return weights.load([e, c, n]).reshape(BK, BN)
+    return weights.load([e, n, c]).reshape(BN, BK).T
+
+
+@triton.jit(do_not_specialize=["most"])
+def persistent_in(x, meta, gate, up, b_gate, b_up, h, most,
+                  K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, AT: tl.constexpr,
+                  TURNED: tl.constexpr, B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr,
+                  B_DTYPE: tl.constexpr, FN: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+                  AFTER: tl.constexpr, SHIFT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+                  PRECISION: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+                  FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """x[T, D] -> h[P, F] in the order of `meta`: gate, up and activation. Grid: PROGRAMS."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    tiles = tl.load(meta)
+    COLUMNS: tl.constexpr = (F + BN - 1) // BN
+    c = tl.arange(0, BK)
+    for place in tl.range(tl.program_id(0), tiles * COLUMNS, PROGRAMS, flatten=FLATTEN):
+        tile, block = place_of(place, tiles, COLUMNS, GROUP)
+        e = tl.load(meta + AT + tile)
+        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
+        real = row < tl.load(meta + 5 + e)
+        pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
+        x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
+        first = block * BN
+        g = tl.zeros([BM, BN], dtype=tl.float32)
+        u = tl.zeros([BM, BN], dtype=tl.float32)
+        for start in tl.range(0, D, BK):
+            if D % BK == 0:
+                a = tl.load(x_at + start, mask=real[:, None], other=0.0)
+            else:
+                a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+            g = dot(a, load_block(gate, e, first, start, BN, BK, TURNED), g, PRECISION)
+            if GATED:
+                u = dot(a, load_block(up, e, first, start, BN, BK, TURNED), u, PRECISION)
+        columns = first + tl.arange(0, BN)
+        inside = columns < F
+        g = epilogue_vector(g, b_gate, None, e, columns, inside, B_E, B_N, B_LISTED, B_DTYPE,
+                            0, 0, False, None, HAS_BIAS, False)  # fmt: skip
+        if GATED:
+            u = epilogue_vector(u, b_up, None, e, columns, inside, B_E, B_N, B_LISTED, B_DTYPE,
+                                0, 0, False, None, HAS_BIAS, False)  # fmt: skip
+        act = activate(g, u, FN, ALPHA, LIMIT, AFTER, SHIFT, GATED)
+        at = h + row.to(tl.int64)[:, None] * F + columns[None, :]
+        tl.store(at, act.to(h.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["most"], do_not_specialize_on_alignment=["weights"])
+def persistent_out(h, meta, weights, down, bias, y, most,
+                   E: tl.constexpr, F: tl.constexpr, O: tl.constexpr, AT: tl.constexpr,  # noqa: E741
+                   TURNED: tl.constexpr, B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr,
+                   B_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+                   FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[P, F] -> y[P, O] in the order of pairs, times the pairs' weights. Grid: PROGRAMS."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    tiles = tl.load(meta)
+    COLUMNS: tl.constexpr = (O + BN - 1) // BN
+    c = tl.arange(0, BK)
+    for place in tl.range(tl.program_id(0), tiles * COLUMNS, PROGRAMS, flatten=FLATTEN):
+        tile, block = place_of(place, tiles, COLUMNS, GROUP)
+        e = tl.load(meta + AT + tile)
+        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
+        real = row < tl.load(meta + 5 + e)
+        h_at = h + row.to(tl.int64)[:, None] * F + c[None, :]
+        total = tl.zeros([BM, BN], dtype=tl.float32)
+        for start in tl.range(0, F, BK):
+            if F % BK == 0:
+                a = tl.load(h_at + start, mask=real[:, None], other=0.0)
+            else:
+                a = tl.load(h_at + start, mask=real[:, None] & (c < F - start)[None, :], other=0.0)
+            w = load_block(down, e, block * BN, start, BN, BK, TURNED)
+            total = dot(a, w, total, PRECISION)
+        columns = block * BN + tl.arange(0, BN)
+        inside = columns < O
+        total = epilogue_vector(total, bias, None, e, columns, inside, B_E, B_N, B_LISTED, B_DTYPE,
+                                0, 0, False, None, HAS_BIAS, False)  # fmt: skip
+        pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
+        if WEIGHTED:
+            total *= tl.load(weights + pair, mask=real, other=0.0).to(tl.float32)[:, None]
+        at = y + pair.to(tl.int64)[:, None] * O + columns[None, :]
+        tl.store(at, total.to(y.dtype.element_ty), mask=real[:, None] & inside[None, :])

@@ -1,0 +1,112 @@
+"""A fused op made ready to run on one GPU: `prepare` once per weights, then call with tokens.
+
+T tokens, K experts per token, E experts, D model width, O output width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.backends.triton.choose import Plan, Shape, choose
+from moec.backends.triton.gpu import GpuFacts, gpu_facts
+from moec.backends.triton.operands import Operands
+from moec.backends.triton.paths import Run, Site, make_run
+from moec.backends.triton.spec import Layer, layer_of
+from moec.ir import DenseFfn, ExpertFfn
+
+KEPT_RUNS = 4096
+"""Numbers of tokens whose launches are kept; all are dropped when there are more."""
+
+
+def prepare(op: ExpertFfn | DenseFfn, operands: Operands, device: torch.device, *, pack: bool = False) -> Prepared:
+    """Kernels for an op over these weights, read through their addresses at each call.
+
+    Prepare again when a weight's storage, shape or strides changed. Raises CannotPrepareError with the reason where
+    the kernels cannot read the weights. `pack` is accepted and copies nothing yet.
+    """
+    del pack
+    return Prepared(layer_of(op, operands, device), gpu_facts(device), device)
+
+
+class Prepared:
+    """The kernels of one fused op. Calls work on the current stream and never wait for the device."""
+
+    nbytes_packed = 0
+
+    def __init__(self, layer: Layer, facts: GpuFacts, device: torch.device) -> None:
+        self.layer, self.facts, self.device = layer, facts, device
+        self.shape = Shape(*layer.key)
+        self._runs: dict[Any, Run] = {}
+        self._made: dict[Any, Any] = {}
+        self._one: dict[int, torch.Tensor] = {}
+
+    def plan(self, tokens: int, k: int = 1) -> Plan:
+        """Path and tiles that a number of tokens gets."""
+        return choose(self.shape, tokens, k, self.facts)
+
+    def describe(self) -> str:
+        """The plans by number of tokens, in one line."""
+        return "; ".join(f"T={tokens}: {self.plan(tokens)}" for tokens in (1, 64, 4096))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        *,
+        valid: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> torch.Tensor:
+        """x[T, D], ids[T, K], weights[T, K] -> [T, O]. Without ids every row goes to the first expert, unweighted.
+
+        `valid`, one integer on the device, is how many of the rows count; the others come out as zeros. Ids outside
+        0..E-1 contribute nothing. `plan` overrides the choice.
+        """
+        tokens = x.shape[0]
+        if out is None:
+            out = x.new_empty((tokens, self.layer.o))
+        if tokens == 0:
+            return out
+        if ids is None:
+            ids = self._zeros(tokens)
+        x, ids = _dense(x), ids.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        k = ids.shape[1]
+        if k == 0:
+            return out.zero_()
+        key = (tokens, k, ids.dtype, None if weights is None else weights.dtype, valid is None, plan)
+        run = self._runs.get(key) if x.dtype != torch.float32 else None
+        if run is None:
+            run = self._make(key, tokens, k, weights is not None, valid, plan)
+        run(x, ids, weights, valid, out)
+        return out
+
+    def _make(
+        self, key: tuple[Any, ...], tokens: int, k: int, weighted: bool, valid: torch.Tensor | None, plan: Plan | None
+    ) -> Run:
+        precision = "wide" if self.facts.interpreted else "ieee"
+        if not self.facts.interpreted and self.layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+            precision = "tf32"
+        types = (key[2], key[3], None if valid is None else valid.dtype, precision)
+        made = self._made.setdefault(types, {})
+        site = Site(self.layer, self.facts, k, weighted, valid is not None, precision, made)
+        if len(self._runs) >= KEPT_RUNS:
+            self._runs.clear()
+        run = self._runs[key] = make_run(site, plan or self.plan(tokens, k), tokens)
+        return run
+
+    def _zeros(self, tokens: int) -> torch.Tensor:
+        """ids[T, 1] of one expert."""
+        found = self._one.get(tokens)
+        if found is None:
+            found = self._one[tokens] = torch.zeros(tokens, 1, dtype=torch.int32, device=self.device)
+        return found
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x with rows one after the other from a multiple of 16 bytes on, which compiled kernels count on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -209,7 +209,7 @@ def _work(
     probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, options: Options
 ) -> tuple[Report, list[Compiled]]:
     """Analyse and compile every layer of the probe."""
-    backend, why = choose_backend(options)
+    backend, why = choose_backend(options, _device(probe))
     report = Report(versions=versions(), machine=machine(), notes=[why] if why else [])
     # A library call says nothing to a log file; on a terminal the wait is shown.
     with progress("compiling", 2 * len(candidates(probe)), quiet=not sys.stderr.isatty()) as bar:
@@ -230,6 +230,11 @@ def _work(
         if options.strict:
             _check_strict(report)
     return report, layers
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _ordered(model: nn.Module, layers: Sequence[LayerReport], found: Analysis) -> list[LayerReport]:

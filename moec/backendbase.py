@@ -16,10 +16,12 @@ OpaqueGraph = Callable[..., "tuple[torch.Tensor, ...]"]
 """The user's own code behind an `opaque` op: takes its operands, returns its results."""
 
 # Where each back end lives; a module is imported when its back end is first asked for.
-BACKENDS: Mapping[str, str] = {"reference": "moec.backends.reference"}
+BACKENDS: Mapping[str, str] = {
+    "reference": "moec.backends.reference",
+    "triton": "moec.backends.triton",
+}
 # Names that get a better answer than "unknown".
 PLANNED: Mapping[str, str] = {
-    "triton": "the Triton back end does not exist yet",
     "onnxruntime": "the ONNX Runtime back end does not exist yet",
 }
 
@@ -91,12 +93,18 @@ class Backend(Protocol):
         ...
 
     def build(
-        self, region: Region, weights: Weights, opaques: Mapping[str, OpaqueGraph], *, pack: bool = False
+        self,
+        region: Region,
+        weights: Weights,
+        opaques: Mapping[str, OpaqueGraph],
+        *,
+        pack: bool = False,
+        graphs: bool = False,
     ) -> Executable:
         """The region over these weights; `opaques` holds the graphs its opaque ops name.
 
-        `pack` allows a second copy of the weights in the layout that is fastest here. Raises MOEC403 for an op that
-        `supports` refuses, MOEC406 for a graph that is missing.
+        `pack` allows a second copy of the weights in the layout that is fastest here, `graphs` CUDA graphs of its own
+        where it has them. Raises MOEC403 for an op that `supports` refuses, MOEC406 for a graph that is missing.
         """
         ...
 
@@ -120,3 +128,9 @@ def check_ops(backend: Backend, region: Region) -> None:
         if reason is not None:
             where = f"line {number}: {node}"
             raise MoecError("MOEC403", f"{node.op.name}: back end {backend.name} cannot: {reason}", where=where)
+
+
+def why_not(name: str, device: torch.device) -> str:
+    """Why this back end cannot run layers on a device; empty if it can."""
+    found: str = import_module(BACKENDS[name]).why_not(device)
+    return found

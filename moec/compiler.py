@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moec.backendbase import Executable, load_backend
+from moec.backendbase import Executable, load_backend, why_not
+from moec.errors import MoecError
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.lifted import Lifted
 from moec.ir import Region
@@ -31,29 +32,40 @@ class Compiled:
     region: Region
     backend: str
     pack: bool
+    graphs: bool
     strict: bool
 
     def method_for(self, model: nn.Module) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
         # The method outlives the compilation: it must not hold on to the module that the probes ran on.
-        views, region, backend, pack = self.lifted.views, self.region, self.backend, self.pack
+        views, region, backend = self.lifted.views, self.region, self.backend
+        pack, graphs = self.pack, self.graphs
         return CompiledMethod(
             module=model.get_submodule(self.lifted.name),
             method=self.lifted.method,
             call=self.lifted.call,
             store=lambda module: WeightStore(module, views),
-            build=lambda weights: load_backend(backend).build(region, weights, {}, pack=pack),
+            build=lambda weights: load_backend(backend).build(region, weights, {}, pack=pack, graphs=graphs),
             layer=self.layer,
             replaced=self.lifted.replaced,
             strict=self.strict,
         )
 
 
-def choose_backend(options: Options) -> tuple[str, str]:
-    """Name of the back end, and why where the user did not say."""
-    if options.backend == "auto":
-        return "reference", "back end reference: the only one there is so far"
-    return options.backend, ""
+def choose_backend(options: Options, device: torch.device) -> tuple[str, str]:
+    """Name of the back end for layers on a device, and why where the user did not say. Raises MOEC408."""
+    if options.backend != "auto":
+        why = why_not(options.backend, device)
+        if why:
+            hint = 'backend="auto" takes one that can'
+            raise MoecError("MOEC408", f"back end {options.backend} cannot run: {why}", hint=hint)
+        return options.backend, ""
+    if device.type != "cuda":
+        return "reference", f"back end reference: the layers are on {device.type}"
+    why = why_not("triton", device)
+    return (
+        ("reference", f"back end reference: {why}") if why else ("triton", "back end triton: the layers are on a GPU")
+    )
 
 
 def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
@@ -66,11 +78,11 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
         evidence=lifted.evidence,
         ir_before=str(lifted.region),
     )
-    result = Compiled(lifted, layer, lifted.region, backend, options.pack, options.strict)
+    result = Compiled(lifted, layer, lifted.region, backend, options.pack, options.graphs, options.strict)
     passes = default_passes(options)
     exact, changing = _split(passes)
     region, logs = run(lifted.region, exact)
-    executable = _build(lifted, region, backend, options.pack)
+    executable = _build(lifted, region, backend, options)
     if options.verify:
         verdict = _verify(lifted, executable)
         _record(layer, verdict)
@@ -86,18 +98,19 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
     if changing:
         region, more = run(lifted.region, passes)
         logs = more
-        executable = _build(lifted, region, backend, options.pack)
+        executable = _build(lifted, region, backend, options)
         layer.numerics_error = _numerics_error(lifted, executable)
     _describe(layer, region, logs, executable, backend, lifted)
-    return Compiled(lifted, layer, region, backend, options.pack, options.strict)
+    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict)
 
 
 def _split(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     return tuple(p for p in passes if not p.changes_numerics), tuple(p for p in passes if p.changes_numerics)
 
 
-def _build(lifted: Lifted, region: Region, backend: str, pack: bool) -> Executable:
-    return load_backend(backend).build(region, WeightStore(lifted.module, lifted.views), {}, pack=pack)
+def _build(lifted: Lifted, region: Region, backend: str, options: Options) -> Executable:
+    store = WeightStore(lifted.module, lifted.views)
+    return load_backend(backend).build(region, store, {}, pack=options.pack, graphs=options.graphs)
 
 
 def _verify(lifted: Lifted, executable: Executable) -> Verdict:

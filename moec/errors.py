@@ -64,6 +64,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC405": "weight that is not what the region takes",
         "MOEC406": "opaque graph that was not handed over",
         "MOEC407": "opaque graph with other results than declared",
+        "MOEC408": "back end that cannot run on this machine",
         # 5xx: the API and its options
         "MOEC501": "unknown option",
         "MOEC502": "option value that cannot be",

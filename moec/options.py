@@ -12,12 +12,12 @@ from moec.errors import MoecError, did_you_mean
 BACKENDS: dict[str, str | None] = {
     "auto": None,
     "reference": None,
-    "triton": "the Triton back end does not exist yet",
+    "triton": None,
     "onnxruntime": "the ONNX Runtime back end does not exist yet",
 }
 MODES: dict[str, str | None] = {
     "default": None,
-    "reduce-overhead": "moec owns no CUDA graphs yet",
+    "reduce-overhead": None,
     "max-autotune": "there are no kernels to tune yet",
 }
 QUANTIZE: dict[str, str | None] = {"int8": None}
@@ -37,10 +37,11 @@ class Options:
     """What moec.compile may do. Make one with Options.make, which checks every value."""
 
     backend: str = "auto"
-    """Who runs the compiled layers: "auto" or "reference"."""
+    """Who runs the compiled layers: "auto", "triton" or "reference"."""
     quantize: str | None = None
     """"int8": weight-only int8, one scale per output channel and expert. Changes results."""
     mode: str = "default"
+    """"reduce-overhead" captures CUDA graphs for up to some hundreds of tokens; without a GPU it changes nothing."""
     passes: str | tuple[Any, ...] | None = None
     """Passes to run instead of the default ones: pass objects, or text like "merge-gate-up,fuse-experts"."""
     training: bool = False
@@ -57,6 +58,11 @@ class Options:
     """A layer left alone, and a fallback at run time, are errors."""
     measure: bool = False
     """Time each layer and the model before and after; compile times nothing otherwise."""
+
+    @property
+    def graphs(self) -> bool:
+        """Whether back ends may own CUDA graphs."""
+        return self.mode == "reduce-overhead"
 
     @classmethod
     def make(cls, **given: Any) -> Options:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backendbase import OpaqueGraph, Weights, check_ops
+import torch
+
+from moec.backendbase import Executable, OpaqueGraph, Weights, check_ops
 from moec.backends.reference.executable import RegionExecutable
 from moec.backends.reference.fast import Planner, by_meaning
 from moec.backends.reference.table import MEANINGS
@@ -29,9 +31,23 @@ class Reference:
         return None if known else "it has no meaning in moec.backends.reference.table"
 
     def build(
-        self, region: Region, weights: Weights, opaques: Mapping[str, OpaqueGraph], *, pack: bool = False
-    ) -> RegionExecutable:
-        """The region over these weights. Raises what `verify` raises, MOEC403, MOEC405 and MOEC406."""
+        self,
+        region: Region,
+        weights: Weights,
+        opaques: Mapping[str, OpaqueGraph],
+        *,
+        pack: bool = False,
+        graphs: bool = False,
+    ) -> Executable:
+        """The region over these weights. Raises what `verify` raises, MOEC403, MOEC405 and MOEC406.
+
+        It has no CUDA graphs, so `graphs` changes nothing.
+        """
+        self.check(region, opaques)
+        return RegionExecutable(region, weights, opaques, pack=pack, plan=self._plan)
+
+    def check(self, region: Region, opaques: Mapping[str, OpaqueGraph]) -> None:
+        """Raise unless the region is valid and everything in it is there."""
         verify(region)
         check_ops(self, region)
         for number, node in enumerate(region.nodes, start=2):
@@ -40,7 +56,11 @@ class Reference:
                 raise MoecError(
                     "MOEC406", message, where=f"line {number}: {node}", hint=did_you_mean(node.op.graph, opaques)
                 )
-        return RegionExecutable(region, weights, opaques, pack=pack, plan=self._plan)
+
+
+def why_not(device: torch.device | None) -> str:
+    """Empty: it runs everywhere."""
+    return ""
 
 
 def backend() -> Reference:

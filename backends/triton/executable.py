@@ -1,0 +1,88 @@
+"""A region on one GPU: weights are looked up again only when they moved, and each call leaves the host at once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+
+from moec.backendbase import OpaqueGraph, Weights
+from moec.backends.reference.executable import RegionExecutable
+from moec.backends.reference.fast import Planner
+from moec.backends.reference.frame import Frame
+from moec.backends.reference.joined import Experts
+from moec.backends.triton.fused import TritonFused
+from moec.errors import MoecError
+from moec.ir import Region
+
+
+class TritonExecutable(RegionExecutable):
+    """Runs a region on the GPU that its inputs are on, on the current stream.
+
+    Differs from its base in that what it reads of the weights is kept while `weights.placement()` stays the same:
+    kernels hold addresses, and writes in place are seen through them.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        weights: Weights,
+        opaques: Mapping[str, OpaqueGraph],
+        *,
+        pack: bool,
+        plan: Planner,
+        device: str,
+    ) -> None:
+        self._device = device
+        self._kept: tuple[object, dict[str, Experts]] | None = None
+        super().__init__(region, weights, opaques, pack=pack, plan=plan)
+        constant = [node for node in self._constant if node not in self._once]
+        self._weight_steps = tuple(step for step in self._steps if step.node in constant)
+        self._steps = tuple(step for step in self._steps if step.node not in constant)
+        self._make_ready()
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The region's outputs. Raises MOEC404 also for inputs elsewhere than the kernels run."""
+        first = inputs[0] if inputs else None
+        if not isinstance(first, torch.Tensor) or first.device.type != self._device:
+            where = getattr(first, "device", "nowhere")
+            raise MoecError(
+                "MOEC404",
+                f"the layer was compiled for {self._device}, its input is on {where}",
+                where=f"region {self._region.name}",
+                hint="compile the model again after moving it",
+            )
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return super().__call__(*inputs)
+        return super().__call__(*inputs)
+
+    def placement(self) -> Hashable:
+        """Changes when a weight is elsewhere than the kernels were told. Raises what the weights raise."""
+        return self._store.placement()
+
+    def _weights(self) -> dict[str, Experts]:
+        placement = self._store.placement()
+        held = self._current()
+        kept = self._kept
+        if kept is None or kept[0] != (placement, held):
+            values = {name: _listed(experts) for name, experts in super()._weights().items()}
+            at = Frame(values, self._opaques, {})
+            for step in self._weight_steps:
+                step.run(at)
+            self._kept = kept = ((placement, held), at.values)
+        return dict(kept[1])
+
+    def _make_ready(self) -> None:
+        """Prepare the kernels, so that the first call does not and the report says what runs."""
+        at = Frame(self._weights(), self._opaques, {})
+        if at.device.type != self._device:
+            return
+        for step in self._steps:
+            if isinstance(step.fast, TritonFused):
+                step.fast.ready(at)
+
+
+def _listed(experts: Experts) -> Experts:
+    """Experts that are read one by one, read now."""
+    return experts if isinstance(experts, torch.Tensor) else [experts[e] for e in range(len(experts))]

@@ -84,5 +84,8 @@ class TritonExecutable(RegionExecutable):
 
 
 def _listed(experts: Experts) -> Experts:
-    """Experts that are read one by one, read now."""
-    return experts if isinstance(experts, torch.Tensor) else [experts[e] for e in range(len(experts))]
+    """Experts that are read one by one, read now; never the very object that was read before.
+
+    A parameter whose memory was exchanged (`p.data = ...`) is the same object, and kernels hold addresses.
+    """
+    return experts.detach() if isinstance(experts, torch.Tensor) else [experts[e] for e in range(len(experts))]

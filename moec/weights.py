@@ -5,7 +5,7 @@ N outputs, C inputs of a matrix; E experts.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,7 @@ class WeightStore:
         self.module = module
         self.views = dict(views)
         names = sorted({view.param for entry in self.views.values() for view in _as_tuple(entry)})
+        self._checks: dict[str, Callable[[], None]] = {}
         self._homes = {name: _Home.of(module, name) for name in names}
         self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
         self._places: _Places | None = None
@@ -151,6 +152,8 @@ class WeightStore:
 
         Raises what `check` raises.
         """
+        for check in self._checks.values():
+            check()
         if self._places is None or not self._places.same():
             self._places = None
             self.check()
@@ -159,6 +162,10 @@ class WeightStore:
             self._places = places
         return self._placement
 
+    def watch(self, checks: Mapping[str, Callable[[], None]]) -> None:
+        """Ask `checks[name]` whenever that parameter is read: it raises MOEC230 where the code around it changed."""
+        self._checks = dict(checks)
+
     def check(self) -> None:
         """Raise MOEC230 unless every parameter is where it was, in the layout it had."""
         for name in self._homes:
@@ -166,6 +173,8 @@ class WeightStore:
 
     def param(self, name: str) -> torch.Tensor:
         """The live parameter (or buffer) called `name`."""
+        if name in self._checks:
+            self._checks[name]()
         found = self._homes[name].read()
         if found is None:
             raise MoecError(

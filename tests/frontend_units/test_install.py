@@ -38,10 +38,15 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(D, D)
-        self.ran = 0
+        # A counter that nobody watches: a number would be a setting that has changed.
+        self.counter = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def ran(self) -> int:
+        return int(self.counter)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, float, Tensor]:
-        self.ran += 1
+        self.counter.add_(1)
         y: Tensor = self.inner(x)
         return y.tanh() * scale, scale, torch.arange(3)
 

@@ -131,7 +131,7 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
             for label, rows in inputs(rank, body.inputs, dtype, x.device, sizes):
                 yield Probe(f"{label}, rank {rank}", *ask(rows), partial(_exact, body, params, rows))
 
-    replaced = tuple(n for n, _ in site.module.named_modules() if n)
+    replaced = tuple(n for n, _ in site.module.named_modules(remove_duplicate=False) if n)
     evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
     views = weight_views(body, site.path, dense=True)
     return Lifted(

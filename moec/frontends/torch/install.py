@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.calls import Call, Executable
+from moec.frontends.torch.guard import Guards
 from moec.frontends.torch.routing import NoTokens, Unusual
+from moec.frontends.torch.taken import Row, take
 from moec.report import LayerReport
 from moec.weights import WeightStore
 
@@ -41,6 +43,8 @@ class FallbackWarning(UserWarning):
 class CompiledMethod:
     """Stands in the instance's `__dict__` under the method's name."""
 
+    is_moecs = True
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -59,7 +63,9 @@ class CompiledMethod:
         self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
         self._stale = ""
         self.restored = False
-        self._hooks, self._modes = self._hook_tables(), self._mode_flags()
+        # What the replaced code was when it was compiled, and the same as questions to this module.
+        self._taken: tuple[Row, ...] | None = None
+        self._guards: Guards | None = None
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -81,9 +87,18 @@ class CompiledMethod:
                     raise MoecError(
                         "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
                     )
-            self.weights, self.executable = weights, self.build(weights)
-            self._hooks, self._modes = self._hook_tables(), self._mode_flags()
+            guards = self._guard(weights)
+            weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
+            self.weights, self._guards, self.executable = weights, guards, self.build(weights)
         return self.executable
+
+    def _guard(self, weights: WeightStore) -> Guards:
+        try:
+            if self._taken is None:
+                self._taken = take(self.module, self.method, self.replaced)
+            return Guards(self.module, self._taken, self.replaced, weights.views)
+        except AttributeError as error:
+            raise MoecError("MOEC230", f"a submodule is gone: {error}", hint="call moec.refresh(model)") from error
 
     def module_device(self) -> str:
         """Type of the device of the module's first parameter."""
@@ -94,10 +109,12 @@ class CompiledMethod:
         try:
             self.ready()
             assert self.weights is not None
+            assert self._guards is not None
+            changed = self._guards.changed()
             self.weights.check()
         except MoecError as error:
             return error.message
-        return self._stale
+        return self._stale or changed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.restored:  # somebody kept it, a wrapper around forward for example
@@ -127,28 +144,12 @@ class CompiledMethod:
     def _blocked(self) -> str | None:
         if self._stale:
             return self._stale
-        if self.module.training or any(flags["training"] for flags in self._modes):
-            return "the layer is in training mode"
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return "autocast is on"
-        if any(self._hooks):
-            return "a submodule that the compiled layer replaces has hooks"
         if self.replaced and _GLOBAL_HOOKS():
             return "hooks on all modules are registered, and the layer replaces submodules"
-        return None
-
-    def _mode_flags(self) -> tuple[dict[str, Any], ...]:
-        """`__dict__` of replaced leaf modules without weights: a dropout may be switched to training on its own."""
-        children = (self.module.get_submodule(path) for path in self.replaced)
-        return tuple(c.__dict__ for c in children if c is not self.module and not c._modules and not c._parameters)
-
-    def _hook_tables(self) -> tuple[dict[int, Any], ...]:
-        found: list[dict[int, Any]] = []
-        for path in self.replaced:
-            child = self.module.get_submodule(path)
-            if child is not self.module:
-                found += [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks]
-        return tuple(found)
+        assert self._guards is not None
+        return self._guards.front.blocked() or None
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.layer.name or "the model"
@@ -178,16 +179,11 @@ class CompiledMethod:
             module, self.method, self.call, self.store, self.build
         )  # fmt: skip
         copy.layer = memo.get(id(self.layer), self.layer)
-        copy.replaced, copy.strict, copy.weights, copy.executable, copy._hooks = (
-            self.replaced,
-            self.strict,
-            None,
-            None,
-            (),
-        )
+        copy.replaced, copy.strict, copy.weights, copy.executable = self.replaced, self.strict, None, None
+        copy._taken, copy._guards = self._taken, None
         # Built on first use, when the new module is complete: it must then still be what it was copied from.
         copy._stale, copy._copied_from = self._stale, self._copied_from
-        copy._modes, copy.restored = (), self.restored
+        copy.restored = self.restored
         if self.weights is not None:
             copy._stale, copy._copied_from = self.moved(), (repr(self.module), self.weights.layouts)
         return copy

@@ -126,7 +126,7 @@ def _direct(
             on_input=roles.on_input,
         ),
         views=weight_views(body, site.path, dense=False),
-        replaced=tuple(n for n, _ in site.module.named_modules() if n),
+        replaced=tuple(n for n, _ in site.module.named_modules(remove_duplicate=False) if n),
         evidence=_evidence(site, roles, body),
         probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
         dtype=x.dtype,

@@ -24,7 +24,7 @@ from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site, slots
 from moec.frontends.torch.probing import counts, inputs
-from moec.frontends.torch.sliced import slice_block
+from moec.frontends.torch.sliced import Slice, slice_block
 from moec.frontends.torch.solve import Solution
 from moec.ir import Region
 from moec.verify import Probe
@@ -108,7 +108,7 @@ def slice_at(
         body=body,
         region=_region(site.label or "model", log, solution, body, params),
         views=weight_views(body, site.path, dense=solution.form is None),
-        replaced=_replaced(parts[0]),
+        replaced=_replaced(site, sliced),
         evidence=tuple(evidence),
         probes=partial(_probes, site, call, body, solution, params, given, reached),
         dtype=log.tensors[solution.x].dtype,
@@ -139,16 +139,11 @@ def _enclosed(parts: Sequence[Blocks]) -> None:
         raise NotLifted("the block does not hold its experts at every shape")
 
 
-def _replaced(blocks: Blocks) -> tuple[str, ...]:
-    """Submodules whose calls the slice replaces, relative to the block."""
-    prefix = f"{blocks.site.path}." if blocks.site.path else ""
-    inside = [
-        s
-        for s in blocks.log.sites
-        if s.start >= blocks.site.start and s.end <= blocks.site.end and s.end > blocks.first and s.start <= blocks.last
-    ]
-    paths = {s.path.removeprefix(prefix) for s in inside if s.path.startswith(prefix) and s.path != blocks.site.path}
-    return tuple(sorted(paths))
+def _replaced(site: Site, sliced: Slice) -> tuple[str, ...]:
+    """Submodules, relative to the block, that are not in what stays a call: their code no longer runs."""
+    kept = [step.path for step in (*sliced.before, *sliced.after) if step.path is not None]
+    every = [path for path, _ in site.module.named_modules(remove_duplicate=False) if path]
+    return tuple(path for path in every if not any(f"{path}.".startswith(f"{k}.") for k in kept))
 
 
 def _probes(

@@ -75,6 +75,11 @@ class TritonFused:
         """Prepare for the weights in the frame."""
         self._prepared(at, at.device)
 
+    def prepared_for(self, device: torch.device) -> Prepared | None:
+        """The kernels that the last call on a device ran, None where it ran by its meaning."""
+        held = self._held.get(device)
+        return None if held is None else held.prepared
+
     def _prepared(self, at: Frame, device: torch.device) -> _Held:
         held = self._held.get(device)
         if held is not None and self._same(held, at):

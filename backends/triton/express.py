@@ -35,9 +35,8 @@ class Express:
         if len(steps) != 1 or not isinstance(steps[0].fast, TritonFused):
             return None
         fused, node = steps[0].fast, steps[0].node
-        operands = (
-            (fused.op.x, fused.op.experts, fused.op.weights) if isinstance(fused.op, ExpertFfn) else (fused.op.x,)
-        )
+        op = fused.op
+        operands = (op.x, op.experts, op.weights) if isinstance(op, ExpertFfn) else (op.x,)
         inputs = [value.name for value in region.inputs]
         results = [value.name for value in node.results]
         straight = [value.name for value in region.outputs] == results and all(v.name in inputs for v in operands)

@@ -41,5 +41,5 @@ def gpu_facts(device: torch.device) -> GpuFacts:
         (found.major, found.minor),
         found.multi_processor_count,
         found.L2_cache_size,
-        found.shared_memory_per_block_optin,
+        int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)),
     )

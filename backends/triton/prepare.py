@@ -12,7 +12,8 @@ import torch
 from moec.backends.triton.choose import Plan, Shape, choose
 from moec.backends.triton.gpu import GpuFacts, gpu_facts
 from moec.backends.triton.operands import Operands
-from moec.backends.triton.paths import Run, Site, make_run
+from moec.backends.triton.paths import make_run
+from moec.backends.triton.site import Run, Site
 from moec.backends.triton.spec import Layer, layer_of
 from moec.ir import DenseFfn, ExpertFfn
 
@@ -72,27 +73,42 @@ class Prepared:
             return out
         if ids is None:
             ids = self._zeros(tokens)
+        if ids.shape[1] == 0:
+            return out.zero_()
         x, ids = _dense(x), ids.contiguous()
         weights = None if weights is None else weights.contiguous()
-        k = ids.shape[1]
-        if k == 0:
-            return out.zero_()
-        key = (tokens, k, ids.dtype, None if weights is None else weights.dtype, valid is None, plan)
-        run = self._runs.get(key) if x.dtype != torch.float32 else None
-        if run is None:
-            run = self._make(key, tokens, k, weights is not None, valid, plan)
-        run(x, ids, weights, valid, out)
+        self.run_for(x, ids, weights, valid=valid, plan=plan)(x, ids, weights, valid, out)
         return out
 
+    def run_for(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        *,
+        valid: torch.Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Run:
+        """The launches for inputs like these."""
+        key = (ids.shape, ids.dtype, _type(weights), _type(valid), plan)
+        run = self._runs.get(key) if x.dtype != torch.float32 else None
+        return run or self._make(key, ids, weights, valid, plan)
+
     def _make(
-        self, key: tuple[Any, ...], tokens: int, k: int, weighted: bool, valid: torch.Tensor | None, plan: Plan | None
+        self,
+        key: tuple[Any, ...],
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        plan: Plan | None,
     ) -> Run:
         precision = "wide" if self.facts.interpreted else "ieee"
         if not self.facts.interpreted and self.layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
             precision = "tf32"
-        types = (key[2], key[3], None if valid is None else valid.dtype, precision)
-        made = self._made.setdefault(types, {})
-        site = Site(self.layer, self.facts, k, weighted, valid is not None, precision, made)
+        tokens, k = ids.shape
+        # Numbers of tokens share compiled kernels; other element types do not.
+        made = self._made.setdefault((*key[1:4], precision), {})
+        site = Site(self.layer, self.facts, k, weights is not None, valid is not None, precision, made)
         if len(self._runs) >= KEPT_RUNS:
             self._runs.clear()
         run = self._runs[key] = make_run(site, plan or self.plan(tokens, k), tokens)
@@ -110,3 +126,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     """x with rows one after the other from a multiple of 16 bytes on, which compiled kernels count on."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _type(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype

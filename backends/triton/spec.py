@@ -85,7 +85,8 @@ def layer_of(op: ExpertFfn | DenseFfn, operands: Operands, device: torch.device)
 
 
 def _as_experts(operands: Operands) -> Operands:
-    return Operands(**{name: one_expert(getattr(operands, name)) for name in Operands.__slots__})
+    found: dict[str, Any] = {name: one_expert(getattr(operands, name)) for name in Operands.__slots__}
+    return Operands(**found)
 
 
 def _product(parts: tuple[Experts | None, ...], device: torch.device) -> Product:

@@ -24,15 +24,21 @@ def load_block(weights, e, n, c, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.
 
 
 @triton.jit(do_not_specialize=["most"])
-def persistent_in(x, meta, gate, up, b_gate, b_up, h, most,
+def persistent_in(  # noqa: PLR0912
+                  x, meta, gate, up, b_gate, b_up, h, most,
                   K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, AT: tl.constexpr,
-                  TURNED: tl.constexpr, B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr,
+                  TURNED: tl.constexpr, JOINT: tl.constexpr, SWAPPED: tl.constexpr,
+                  B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr,
                   B_DTYPE: tl.constexpr, FN: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
                   AFTER: tl.constexpr, SHIFT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
                   PRECISION: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
                   FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """x[T, D] -> h[P, F] in the order of `meta`: gate, up and activation. Grid: PROGRAMS."""
+    """x[T, D] -> h[P, F] in the order of `meta`: gate, up and activation. Grid: PROGRAMS.
+
+    With JOINT `gate` is one descriptor over [E, 2, F, D] of both (SWAPPED: up first): one load and one product, twice
+    as wide, do for both. `up` is then not read.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -47,16 +53,29 @@ def persistent_in(x, meta, gate, up, b_gate, b_up, h, most,
         pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
         x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
         first = block * BN
-        g = tl.zeros([BM, BN], dtype=tl.float32)
-        u = tl.zeros([BM, BN], dtype=tl.float32)
-        for start in tl.range(0, D, BK):
-            if D % BK == 0:
-                a = tl.load(x_at + start, mask=real[:, None], other=0.0)
-            else:
-                a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
-            g = dot(a, load_block(gate, e, first, start, BN, BK, TURNED), g, PRECISION)
-            if GATED:
-                u = dot(a, load_block(up, e, first, start, BN, BK, TURNED), u, PRECISION)
+        if JOINT:
+            both = tl.zeros([BM, 2 * BN], dtype=tl.float32)
+            for start in tl.range(0, D, BK):
+                if D % BK == 0:
+                    a = tl.load(x_at + start, mask=real[:, None], other=0.0)
+                else:
+                    a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+                w = gate.load([e, 0, first, start]).reshape(2 * BN, BK).T
+                both = dot(a, w, both, PRECISION)
+            g, u = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
+            if SWAPPED:
+                g, u = u, g
+        else:
+            g = tl.zeros([BM, BN], dtype=tl.float32)
+            u = tl.zeros([BM, BN], dtype=tl.float32)
+            for start in tl.range(0, D, BK):
+                if D % BK == 0:
+                    a = tl.load(x_at + start, mask=real[:, None], other=0.0)
+                else:
+                    a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+                g = dot(a, load_block(gate, e, first, start, BN, BK, TURNED), g, PRECISION)
+                if GATED:
+                    u = dot(a, load_block(up, e, first, start, BN, BK, TURNED), u, PRECISION)
         columns = first + tl.arange(0, BN)
         inside = columns < F
         g = epilogue_vector(g, b_gate, None, e, columns, inside, B_E, B_N, B_LISTED, B_DTYPE,

@@ -1,0 +1,127 @@
+"""Grouping, both products over tiles, and the sum over each token's experts.
+
+T tokens, K experts per token, P = T * K pairs, E experts, D model width, F expert width, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from moec.backends.triton.choose import PERSISTENT, Plan, Tile
+from moec.backends.triton.kernels import group
+from moec.backends.triton.kernels.combine import combine
+from moec.backends.triton.products import persistent_products, tile_products
+from moec.backends.triton.site import Site, cdiv
+
+
+def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[[torch.Tensor, Any, torch.Tensor], None]:
+    """ids, valid, meta -> meta filled, in one launch for few pairs and three for many."""
+    experts, k = site.layer.experts, site.k
+    pairs, pdl = tokens * k, site.pdl
+    common = {"K": k, "E": experts}
+    at = group.at_tiles(experts)
+    if pairs <= group.SMALL_PAIRS:
+        bins = triton.next_power_of_2(max(experts, 2))
+        sizes = {"CHUNK": group.LANE_PAIRS, "STEP": group.STEP, "PDL": pdl}
+        more = {"EB": bins, "AT": at, "HAS_VALID": site.has_valid}
+        small = site.launch(group.group_small, common | more | sizes, pdl=False)
+        grid = (1 + cdiv(pairs, group.LANE_PAIRS), 1, 1)
+
+        def run_small(ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
+            small(grid, ids, valid, meta, pairs, rows, most)
+
+        return run_small
+    bins = triton.next_power_of_2(experts + 1)
+    chunks = cdiv(pairs, group.CHUNK)
+    flag = {"HAS_VALID": site.has_valid}
+    count = site.launch(
+        group.count_chunks, common | {"EB": bins} | flag | {"CHUNK": group.CHUNK, "PDL": pdl}, pdl=False
+    )
+    total = site.launch(group.sum_chunks, {"EB": bins, "BE": min(bins, 8), "BLOCK": 256, "PDL": pdl}, pdl=pdl)
+    place = site.launch(
+        group.place_chunks,
+        common | {"EB": bins, "AT": at} | flag | {"CHUNK": group.CHUNK, "STEP": 16, "PDL": pdl},
+        pdl=pdl,
+    )
+
+    def run_chunks(ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
+        counts = meta.new_empty((chunks + 1) * bins)
+        totals = counts[chunks * bins :]
+        count((chunks, 1, 1), ids, valid, counts, pairs)
+        total((bins // min(bins, 8), 1, 1), counts, totals, chunks)
+        place((1 + chunks, 1, 1), ids, valid, counts, totals, meta, pairs, rows, most)
+
+    return run_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRun:
+    """The four steps of a call; each works on the current stream."""
+
+    arrange: Callable[..., None]
+    """ids, valid, meta: fills meta."""
+    first: Callable[..., None]
+    """x, meta, h: fills h[P, F]."""
+    second: Callable[..., None]
+    """h, meta, weights, y: fills y[P, O]."""
+    last: Callable[..., None]
+    """y, ids, valid, out: fills out[T, O]."""
+    meta_size: int
+    h_size: tuple[int, int]
+    y_size: tuple[int, int]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        meta = torch.empty(self.meta_size, dtype=torch.int32, device=x.device)
+        h, y = x.new_empty(self.h_size), x.new_empty(self.y_size)
+        self.arrange(ids, valid, meta)
+        self.first(x, meta, h)
+        self.second(h, meta, weights, y)
+        self.last(y, ids, valid, out)
+
+
+def grouped_run(site: Site, plan: Plan, tokens: int) -> GroupedRun:
+    """The launches of a plan of tiles for so many tokens."""
+    layer, k = site.layer, site.k
+    assert isinstance(plan.first, Tile)
+    assert isinstance(plan.second, Tile)
+    assert plan.first.bm == plan.second.bm, "both products go through the same tiles"
+    pairs = tokens * k
+    most = group.max_tiles(pairs, layer.experts, plan.first.bm)
+    at = group.at_tiles(layer.experts)
+    products = persistent_products if plan.path == PERSISTENT else tile_products
+    first, second = products(site, plan.first, plan.second, most, at)
+    return GroupedRun(
+        grouping(site, tokens, plan.first.bm, most),
+        first,
+        second,
+        summing(site, tokens),
+        at + 2 * most + pairs,
+        (pairs, layer.f),
+        (pairs, layer.o),
+    )
+
+
+def summing(site: Site, tokens: int) -> Callable[..., None]:
+    """y, ids, valid, out -> out[T, O] filled."""
+    layer = site.layer
+    bo = min(1024, triton.next_power_of_2(layer.o))
+    constants = {"K": site.k, "E": layer.experts, "O": layer.o, "HAS_VALID": site.has_valid}
+    last = site.launch(combine, constants | {"BT": 1, "BO": bo, "PDL": site.pdl}, pdl=site.pdl)
+    grid = (cdiv(layer.o, bo), tokens, 1)
+
+    def run(y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
+        last(grid, y, ids, valid, out, tokens)
+
+    return run

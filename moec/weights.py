@@ -168,8 +168,11 @@ class WeightStore:
 
     def check(self) -> None:
         """Raise MOEC230 unless every parameter is where it was, in the layout it had."""
-        for name in self._homes:
-            self._live(name)
+        for name, home in self._homes.items():
+            found = home.read()
+            if found is None:
+                raise _missing(name)
+            self._fits(name, found)
 
     def param(self, name: str) -> torch.Tensor:
         """The live parameter (or buffer) called `name`."""
@@ -177,15 +180,14 @@ class WeightStore:
             self._checks[name]()
         found = self._homes[name].read()
         if found is None:
-            raise MoecError(
-                "MOEC230",
-                f"weight {name!r} is not in the module that was compiled",
-                hint="call moec.refresh(model) after replacing modules",
-            )
+            raise _missing(name)
         return found
 
     def _live(self, name: str) -> torch.Tensor:
-        tensor, layout = self.param(name), self._layouts[name]
+        return self._fits(name, self.param(name))
+
+    def _fits(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        layout = self._layouts[name]
         if tensor.shape != layout.shape or tensor.stride() != layout.stride:
             was, now = (layout.shape, layout.stride), (tuple(tensor.shape), tensor.stride())
             raise MoecError(
@@ -249,6 +251,14 @@ class _LazyExperts(Sequence["torch.Tensor"]):
 
     def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
         return self._store._read(self._views[index])
+
+
+def _missing(name: str) -> MoecError:
+    return MoecError(
+        "MOEC230",
+        f"weight {name!r} is not in the module that was compiled",
+        hint="call moec.refresh(model) after replacing modules",
+    )
 
 
 def _as_tuple(entry: View | tuple[View, ...]) -> tuple[View, ...]:

@@ -19,6 +19,8 @@ from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, fit_roles, steering_reads
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.dropped import check_direct
+from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
 from moec.frontends.torch.items import split
 from moec.frontends.torch.lift import common_dtype, lift_dense, weight_views
@@ -122,7 +124,14 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     def ask(rows: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return binder.unbind({**others, found.x: rows})
 
-    out_shapes = _result_shapes(method, ask, x, body.inputs)
+    watch = Watch(site.module, [x])
+    try:
+        out_shapes = _result_shapes(method, ask, x, body.inputs)
+        effects = watch.changes()
+    finally:
+        watch.undo()
+    if effects:
+        raise NotLifted(f"{site.label or 'the FFN'} {effects[0]}")
     call = DirectCall(binder, found, others, dtype, 1, body.inputs, out_shapes)
 
     def probes() -> Iterator[Probe]:
@@ -131,7 +140,7 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
             for label, rows in inputs(rank, body.inputs, dtype, x.device, sizes):
                 yield Probe(f"{label}, rank {rank}", *ask(rows), partial(_exact, body, params, rows))
 
-    replaced = tuple(n for n, _ in site.module.named_modules(remove_duplicate=False) if n)
+    replaced = replaced_by(site, [log])
     evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
     views = weight_views(body, site.path, dense=True)
     return Lifted(

@@ -87,9 +87,10 @@ class CompiledMethod:
                     raise MoecError(
                         "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
                     )
-            guards = self._guard(weights)
+            guards, executable = self._guard(weights), self.build(weights)
+            # From now on: whether an expert has hooks is a question for calls, not for building.
             weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
-            self.weights, self._guards, self.executable = weights, guards, self.build(weights)
+            self.weights, self._guards, self.executable = weights, guards, executable
         return self.executable
 
     def _guard(self, weights: WeightStore) -> Guards:

@@ -19,6 +19,7 @@ from moec.frontends.torch.direct import Roles, fit_roles, steering_reads, tensor
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.instances import NotLifted, find_instances
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -95,7 +96,7 @@ def _direct(
     if steered:
         raise NotLifted(steered)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
-    body = _every_expert(site, maker, body, read)
+    body, full = _every_expert(site, maker, body, read)
     x = maker.template[roles.x]
     dtype = common_dtype(body, params, x.dtype)
     weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
@@ -126,7 +127,7 @@ def _direct(
             on_input=roles.on_input,
         ),
         views=weight_views(body, site.path, dense=False),
-        replaced=tuple(n for n, _ in site.module.named_modules(remove_duplicate=False) if n),
+        replaced=replaced_by(site, [log, full]),
         evidence=_evidence(site, roles, body),
         probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
         dtype=x.dtype,
@@ -142,7 +143,7 @@ def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:
     )
 
 
-def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading]) -> Body:
+def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading]) -> tuple[Body, Log]:
     """Run the call with every expert chosen and unify them all; its effects refuse it."""
     count = max(2, -(-body.experts // maker.roles.slots))
     x = maker.template[maker.roles.x]
@@ -164,7 +165,7 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     full = read(log)
     if len(full.reached) < full.body.experts:
         raise NotLifted(f"only {len(full.reached)} of {full.body.experts} experts ran although all were chosen")
-    return full.body
+    return full.body, log
 
 
 def _result_shape(

@@ -19,6 +19,7 @@ from torch import nn
 
 # Code that refers to more functions than this is a framework's machinery; what it reads is not a layer's attributes.
 _MOST_FUNCTIONS = 400
+_COMMON = frozenset({*dir(torch.Tensor), *dir(nn.Module)})
 _OTHERS = frozenset({"torch", "moec", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 
 
@@ -29,13 +30,22 @@ class Reads:
     names: set[str] = field(default_factory=set)
     functions: dict[CodeType, FunctionType] = field(default_factory=dict)
 
-    def globals(self) -> Iterator[tuple[dict[str, Any], set[str]]]:
-        """Each table of globals with the names in it that the code mentions."""
+    def globals(self, *, assigned: bool = False) -> Iterator[tuple[dict[str, Any], set[str]]]:
+        """Each table of globals with the names in it that the code reads, or `assigned` too."""
         tables: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for code, function in self.functions.items():
             _, found = tables.setdefault(id(function.__globals__), (function.__globals__, set()))
-            found.update(name for name in names_in(code) if name in function.__globals__)
+            names = names_in(code) | _assigned_in(code) if assigned else names_in(code)
+            found |= names & function.__globals__.keys()
         yield from tables.values()
+
+    def of_object(self, attribute: str, table: Iterable[str]) -> set[str]:
+        """Names of `table` that are read of the object in `attribute`.
+
+        Names that tensors and modules have too (dtype, training) count only where they are read right behind it.
+        """
+        behind = {b for code in self.functions for a, b in _pairs_in(code) if a == attribute}
+        return {n for n in self.names.intersection(table) if n in behind or n not in _COMMON}
 
     def cells(self) -> Iterator[tuple[str, Any]]:
         """Each filled closure cell with its variable's name."""
@@ -61,6 +71,24 @@ def names_in(code: CodeType) -> frozenset[str]:
         elif isinstance(constant, CodeType):
             found |= names_in(constant)
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pairs_in(code: CodeType) -> frozenset[tuple[str, str]]:
+    """Names that are read one right behind the other: `self.config.top_k` gives (config, top_k)."""
+    found, last = set(), ""
+    for i in dis.get_instructions(code):
+        name = i.argval if i.opname.startswith("LOAD_") and isinstance(i.argval, str) else ""
+        found.add((last, name))
+        last = name
+    return frozenset(found.union(*(_pairs_in(c) for c in code.co_consts if isinstance(c, CodeType))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _assigned_in(code: CodeType) -> frozenset[str]:
+    """Globals that the code assigns."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"}
+    return frozenset(found.union(*(_assigned_in(c) for c in code.co_consts if isinstance(c, CodeType))))
 
 
 def classes_of(modules: Iterable[nn.Module]) -> list[type]:

@@ -52,6 +52,11 @@ class Slice:
         return filler(self.result)
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """Submodules that stay calls."""
+        return tuple(step.path for step in (*self.before, *self.after) if step.path is not None)
+
+    @property
     def text(self) -> str:
         """The host program, one step a line."""
         return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])

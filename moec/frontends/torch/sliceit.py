@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
+from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
@@ -24,7 +25,7 @@ from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site, slots
 from moec.frontends.torch.probing import counts, inputs
-from moec.frontends.torch.sliced import Slice, slice_block
+from moec.frontends.torch.sliced import slice_block
 from moec.frontends.torch.solve import Solution
 from moec.ir import Region
 from moec.verify import Probe
@@ -108,7 +109,7 @@ def slice_at(
         body=body,
         region=_region(site.label or "model", log, solution, body, params),
         views=weight_views(body, site.path, dense=solution.form is None),
-        replaced=_replaced(site, sliced),
+        replaced=replaced_by(site, [*(o.log for o in seen), *more], sliced.kept),
         evidence=tuple(evidence),
         probes=partial(_probes, site, call, body, solution, params, given, reached),
         dtype=log.tensors[solution.x].dtype,
@@ -137,13 +138,6 @@ def _given(site: Site, log: Log) -> torch.Tensor:
 def _enclosed(parts: Sequence[Blocks]) -> None:
     if any(p.site.start > p.first or p.site.end <= p.last for p in parts):
         raise NotLifted("the block does not hold its experts at every shape")
-
-
-def _replaced(site: Site, sliced: Slice) -> tuple[str, ...]:
-    """Submodules, relative to the block, that are not in what stays a call: their code no longer runs."""
-    kept = [step.path for step in (*sliced.before, *sliced.after) if step.path is not None]
-    every = [path for path, _ in site.module.named_modules(remove_duplicate=False) if path]
-    return tuple(path for path in every if not any(f"{path}.".startswith(f"{k}.") for k in kept))
 
 
 def _probes(

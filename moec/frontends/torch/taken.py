@@ -67,7 +67,7 @@ def _of_module(path: str, part: nn.Module, method: str, reads: Reads, shadows: f
     keys, values, objects = _sorted_out(own, names)
     yield Row(path, keys, values, path, objects=objects, absent=absent)
     for name, _ in objects:
-        inner, found, _ = _sorted_out(_attributes(own[name]), reads.names)
+        inner, found, _ = _sorted_out(_attributes(own[name]), reads.of_object(name, _attributes(own[name])))
         yield Row(f"{path}.{name}".lstrip("."), inner, found, path, name)
 
 
@@ -75,8 +75,9 @@ def _of_table(owner: str, table: Mapping[str, Any], names: set[str], reads: Read
     keys, values, objects = _sorted_out(table, names)
     yield Row(owner, keys, values, table=table, objects=objects)
     for name, _ in objects:
-        inner, found, _ = _sorted_out(_attributes(table[name]), reads.names)
-        yield Row(f"{owner}, {name}", inner, found, table=_attributes(table[name]))
+        held = _attributes(table[name])
+        inner, found, _ = _sorted_out(held, reads.of_object(name, held))
+        yield Row(f"{owner}, {name}", inner, found, table=held)
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:

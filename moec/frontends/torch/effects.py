@@ -1,23 +1,24 @@
-"""What a run changes besides its result: random state, buffers, parameters, attributes. Seen, named, and undone."""
+"""What a run changes besides its result: random state, buffers, parameters, attributes, and objects outside the module
+that its code refers to. Seen, named, and undone."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
+
+from moec.frontends.torch.reads import Reads, classes_of, reads_of
+from moec.frontends.torch.snapshot import Snapshot, same, version
 
 _MACHINERY = frozenset(
     {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "forward", "training"}
 )
 _BUFFER_LIMIT = 1 << 24
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Rises with each write in place; tensors made under inference_mode keep no count."""
-    lazy = isinstance(tensor, torch.nn.parameter.UninitializedParameter | torch.nn.parameter.UninitializedBuffer)
-    return 0 if lazy or tensor.is_inference() else tensor._version
+_LIBRARIES = frozenset({"torch", "moec", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 
 
 class Watch:
@@ -28,75 +29,81 @@ class Watch:
         self.rng = torch.get_rng_state()
         self.python_rng = random.getstate()
         self.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
-        self.params = [(name, p, _version(p)) for name, p in module.named_parameters()]
-        self.state: list[tuple[str, torch.nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self.params = [(name, p, version(p)) for name, p in module.named_parameters()]
+        self.state: list[tuple[str, torch.nn.Module, dict[str, Any], dict[str, Any]]] = []
         self.values: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
+        self.held, self.outside = Snapshot(), Snapshot()
         for name, child in module.named_modules():
             attributes = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
-            self.state.append(
-                (name, child, attributes, {k: _copied(v) for k, v in attributes.items()}, dict(child._buffers))
-            )
+            self.state.append((name, child, attributes, dict(child._buffers)))
+            for key, value in attributes.items():
+                self.held.add("sets attribute", f"{name}.{key}".lstrip("."), value)
             for key, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     copy = buffer.detach().clone() if buffer.numel() <= _BUFFER_LIMIT else None
-                    self.values.append((f"{name}.{key}".lstrip("."), buffer, _version(buffer), copy))
+                    self.values.append((f"{name}.{key}".lstrip("."), buffer, version(buffer), copy))
+        self._look_outside(module)
+
+    def _look_outside(self, module: torch.nn.Module) -> None:
+        """Class attributes, globals and variables of enclosing functions that the modules' code refers to."""
+        modules = list(module.modules())
+        reads = reads_of(type(module).forward, modules)
+        for cls in classes_of(modules):
+            self._add_class(cls)
+        for table, names in reads.globals(assigned=True):
+            home = str(table.get("__name__", ""))
+            if home.partition(".")[0] not in _LIBRARIES:
+                self.outside.bind("changes global", f"{home}.", table, names)
+                for name in names & table.keys():
+                    self._add_global(table[name], reads)
+        for name, cell in reads.cells():
+            self.outside.add("changes the enclosing function's variable", name, cell)
+            self.outside.add("changes the enclosing function's variable", name, cell.cell_contents)
+        for function in reads.functions.values():
+            for value in (function.__defaults__ or (), function.__kwdefaults__ or {}):
+                self.outside.add("changes a default argument of", function.__qualname__, value)
+        numpy = sys.modules.get("numpy.random")
+        if numpy is not None:
+            self.outside.add("draws random numbers from", "numpy.random", numpy.mtrand._rand)
+
+    def _add_class(self, cls: type) -> None:
+        if cls.__module__.partition(".")[0] not in _LIBRARIES:
+            names = [n for n, v in vars(cls).items() if not n.startswith("__") and not callable(v)]
+            self.outside.bind("changes class attribute", f"{cls.__name__}.", cls, names)
+
+    def _add_global(self, value: Any, reads: Reads) -> None:
+        """A class keeps its state in attributes, a Python module in names that the code mentions."""
+        if isinstance(value, type):
+            self._add_class(value)
+        elif isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _LIBRARIES:
+            self.outside.bind("changes global", f"{value.__name__}.", vars(value), reads.names & vars(value).keys())
 
     def changes(self) -> list[str]:
         """One phrase per effect, empty when the run was pure."""
         found = []
         if not torch.equal(self.rng, torch.get_rng_state()) or self.python_rng != random.getstate():
             found.append("draws random numbers")
-        found += ["changes its input in place" for tensor, version in self.inputs if tensor._version != version][:1]
-        found += [f"changes parameter {name!r}" for name, p, version in self.params if _version(p) != version]
-        found += [f"changes buffer {name!r}" for name, buffer, version, _ in self.values if _version(buffer) != version]
-        for name, child, before, copies, buffers in self.state:
+        found += ["changes its input in place" for tensor, count in self.inputs if tensor._version != count][:1]
+        found += [f"changes parameter {name!r}" for name, p, count in self.params if version(p) != count]
+        found += [f"changes buffer {name!r}" for name, buffer, count, _ in self.values if version(buffer) != count]
+        for name, child, before, buffers in self.state:
             prefix = f"{name}." if name else ""
             found += [f"replaces buffer {prefix + k!r}" for k, v in child._buffers.items() if buffers.get(k) is not v]
             now = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
-            found += [
-                f"sets attribute {prefix + k!r}"
-                for k in now
-                if k not in before or not _equal(now[k], before[k], copies[k])
-            ]
-        return found
+            found += [f"sets attribute {prefix + k!r}" for k in now if k not in before or not same(now[k], before[k])]
+        return list(dict.fromkeys([*found, *self.held.changes(), *self.outside.changes()]))
 
     def undo(self) -> None:
-        """Restore random state, buffers and attributes."""
+        """Restore random state, buffers, attributes, and what lies outside."""
         torch.set_rng_state(self.rng)
         random.setstate(self.python_rng)
-        for _, buffer, version, copy in self.values:
-            if copy is not None and _version(buffer) != version:
+        for _, buffer, count, copy in self.values:
+            if copy is not None and version(buffer) != count:
                 buffer.detach().copy_(copy)
-        for _, child, before, copies, buffers in self.state:
+        for _, child, before, buffers in self.state:
             child._buffers.update(buffers)
             for key in [k for k in child.__dict__ if k not in _MACHINERY and k not in before]:
                 del child.__dict__[key]
-            for key, value in before.items():
-                if isinstance(value, (list, dict, set)) and not _equal(value, value, copies[key]):
-                    _refill(value, copies[key])
-                child.__dict__[key] = value
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict, set)) else value
-
-
-def _equal(now: Any, before: Any, copy: Any) -> bool:
-    if now is not before:
-        simple = (int, float, str, bool, bytes, torch.dtype, torch.device, type(None), torch.Size, tuple)
-        return isinstance(now, simple) and type(now) is type(before) and bool(now == before)
-    if isinstance(now, (list, dict, set)):
-        return len(now) == len(copy) and all(a is b for a, b in zip(_items(now), _items(copy), strict=True))
-    return True
-
-
-def _items(value: Any) -> list[Any]:
-    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
-
-
-def _refill(value: Any, copy: Any) -> None:
-    value.clear()
-    if isinstance(value, list):
-        value.extend(copy)
-    else:
-        value.update(copy)
+            child.__dict__.update(before)
+        self.held.undo()
+        self.outside.undo()

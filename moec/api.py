@@ -113,6 +113,11 @@ def explain(model: Any, example_inputs: Example = None, **options: Any) -> Repor
     return report
 
 
+def compiled_methods(model: nn.Module) -> list[CompiledMethod]:
+    """What stands in the compiled layers of a model."""
+    return installed(model)
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Give every compiled layer of `model` its original forward back; returns the model."""
     for method in installed(_module(model)):

@@ -80,6 +80,15 @@ class Executable(Protocol):
 
 
 @runtime_checkable
+class Tunes(Protocol):
+    """An executable that can measure which of its kernels are fastest, and use those from then on."""
+
+    def tune(self) -> None:
+        """Measure what was not measured on this machine yet, and keep the results for other processes."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """Builds regions. Stateless; `load_backend` finds one by name."""
 

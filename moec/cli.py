@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moec import __version__
-from moec.commands import bench, demo, env, inspect, opt, passes
+from moec.commands import bench, demo, env, inspect, opt, passes, tune
 from moec.errors import MoecError
 
 
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "opt": opt,
     "bench": bench,
+    "tune": tune,
     "passes": passes,
     "env": env,
 }

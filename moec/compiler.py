@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moec.backendbase import Executable, load_backend, why_not
+from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.lifted import Lifted
@@ -83,6 +83,8 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
     exact, changing = _split(passes)
     region, logs = run(lifted.region, exact)
     executable = _build(lifted, region, backend, options)
+    if options.tunes and isinstance(executable, Tunes):
+        executable.tune()  # before verification, which then runs the very kernels that will serve
     if options.verify:
         verdict = _verify(lifted, executable)
         _record(layer, verdict)

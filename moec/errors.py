@@ -80,6 +80,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC607": "file that cannot be written",
         "MOEC608": "no layer of that name",
         "MOEC609": "missing package",
+        "MOEC610": "tuning results that cannot be read",
     }
 )
 

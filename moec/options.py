@@ -18,7 +18,7 @@ BACKENDS: dict[str, str | None] = {
 MODES: dict[str, str | None] = {
     "default": None,
     "reduce-overhead": None,
-    "max-autotune": "there are no kernels to tune yet",
+    "max-autotune": None,
 }
 QUANTIZE: dict[str, str | None] = {"int8": None}
 # What is asked for and does not work yet is refused: to ignore it would be a silent change of plan.
@@ -41,7 +41,8 @@ class Options:
     quantize: str | None = None
     """"int8": weight-only int8, one scale per output channel and expert. Changes results."""
     mode: str = "default"
-    """"reduce-overhead" captures CUDA graphs for up to some hundreds of tokens; without a GPU it changes nothing."""
+    """"reduce-overhead" captures CUDA graphs for up to some hundreds of tokens; "max-autotune" does so and
+    measures first which kernels are fastest, which takes minutes. Without a GPU neither changes anything."""
     passes: str | tuple[Any, ...] | None = None
     """Passes to run instead of the default ones: pass objects, or text like "merge-gate-up,fuse-experts"."""
     training: bool = False
@@ -62,7 +63,12 @@ class Options:
     @property
     def graphs(self) -> bool:
         """Whether back ends may own CUDA graphs."""
-        return self.mode == "reduce-overhead"
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether back ends may take minutes to measure which kernels are fastest."""
+        return self.mode == "max-autotune"
 
     @classmethod
     def make(cls, **given: Any) -> Options:

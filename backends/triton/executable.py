@@ -73,6 +73,17 @@ class TritonExecutable(RegionExecutable):
         express.learn(key, inputs[0].device, placement, version)
         return found
 
+    @property
+    def fused(self) -> list[TritonFused]:
+        """The ops that run by kernels."""
+        return [step.fast for step in self._steps if isinstance(step.fast, TritonFused)]
+
+    def tune(self) -> None:
+        """Measure the plans of usual numbers of tokens that were not measured on this machine yet; minutes."""
+        from moec.backends.triton.tune import tune_new  # which is written in terms of this class
+
+        tune_new(self)
+
     def placement(self) -> Hashable:
         """Changes when a weight is elsewhere than the kernels were told. Raises what the weights raise."""
         return self._store.placement()
@@ -94,9 +105,8 @@ class TritonExecutable(RegionExecutable):
         at = Frame(self._weights(), self._opaques, {})
         if at.device.type != self._device:
             return
-        for step in self._steps:
-            if isinstance(step.fast, TritonFused):
-                step.fast.ready(at)
+        for fused in self.fused:
+            fused.ready(at)
 
 
 def _listed(experts: Experts) -> Experts:

@@ -14,6 +14,8 @@ from moec.backends.triton.operands import CannotPrepareError, Operands
 from moec.backends.triton.prepare import Prepared, prepare
 from moec.ir import DenseFfn, ExpertFfn
 
+DESCRIBED = (1, 8, 64, 512, 4096)
+"""Numbers of tokens whose plans are named."""
 ROLES = ("w_in", "w_out", "w_up", "b_in", "b_out", "b_up", "scale_in", "scale_out", "scale_up")
 
 
@@ -31,6 +33,7 @@ class TritonFused:
         self.op, self.device = op, device
         operands = {role: getattr(op, role) for role in ROLES}
         self._names = {role: value.name for role, value in operands.items() if value is not None}
+        self.k = op.experts.type.shape[1].constant or 1 if isinstance(op, ExpertFfn) else 1
         self._packs = False
         self._held: dict[torch.device, _Held] = {}
         self._lock = Lock()
@@ -69,7 +72,8 @@ class TritonFused:
         if held.prepared is None:
             return f"by its meaning: {held.why}"
         packed = f"; packed: {held.prepared.nbytes_packed:,} bytes" if held.prepared.nbytes_packed else ""
-        return held.prepared.describe() + packed
+        plans = (f"T={tokens}: {held.prepared.plan(tokens, self.k)}" for tokens in DESCRIBED)
+        return "; ".join(plans) + packed
 
     def ready(self, at: Frame) -> None:
         """Prepare for the weights in the frame."""

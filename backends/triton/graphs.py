@@ -109,6 +109,11 @@ class GraphedExecutable:
         captured = f", captured: {', '.join(map(str, buckets))}" if buckets else ""
         return f"{self.inner.describe()}\nCUDA graphs for up to {BUCKETS[-1]} tokens{captured}"
 
+    def tune(self) -> None:
+        """Measure plans, as the executable within does; graphs of other plans go."""
+        self.inner.tune()
+        self._graphs.clear()
+
     def refresh(self) -> None:
         """Make packed copies anew; graphs that read the old ones go."""
         self._graphs.clear()

@@ -15,6 +15,7 @@ from moec.backends.triton.operands import Operands
 from moec.backends.triton.paths import make_run
 from moec.backends.triton.site import Run, Site
 from moec.backends.triton.spec import Layer, layer_of
+from moec.backends.triton.store import lookup
 from moec.ir import DenseFfn, ExpertFfn
 
 KEPT_RUNS = 4096
@@ -44,8 +45,9 @@ class Prepared:
         self._one: dict[int, torch.Tensor] = {}
 
     def plan(self, tokens: int, k: int = 1) -> Plan:
-        """Path and tiles that a number of tokens gets."""
-        return choose(self.shape, tokens, k, self.facts)
+        """Path and tiles that a number of tokens gets: measured here, shipped, or by the cost model."""
+        found = lookup(self.shape, k, tokens, self.facts.name) if tokens else None
+        return found or choose(self.shape, tokens, k, self.facts)
 
     def describe(self) -> str:
         """The plans by number of tokens, in one line."""
@@ -113,6 +115,10 @@ class Prepared:
             self._runs.clear()
         run = self._runs[key] = make_run(site, plan or self.plan(tokens, k), tokens)
         return run
+
+    def forget(self) -> None:
+        """Drop the launches made so far, so that newly measured plans are taken."""
+        self._runs.clear()
 
     def _zeros(self, tokens: int) -> torch.Tensor:
         """ids[T, 1] of one expert."""

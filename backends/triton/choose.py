@@ -36,7 +36,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     group: int = 8
+    """Tiles of rows that go through all outputs together."""
     flatten: bool = False
+    """Whether the loops over tiles and steps become one, which loads the next tile's first steps ahead."""
+    per_processor: int = 1
+    """Persistent programs on each multiprocessor; one's epilogue then hides behind another's products."""
+    gathered: bool = False
+    """Whether tokens' rows are first copied into the experts' order, so that TMA can read them (first product)."""
 
 
 class Plan(NamedTuple):
@@ -54,7 +60,13 @@ class Plan(NamedTuple):
 def _short(part: Rows | Tile) -> str:
     if isinstance(part, Rows):
         return f"{part.rows}x{part.inputs} w{part.warps}"
-    return f"{part.bm}x{part.bn}x{part.bk} w{part.warps} s{part.stages}"
+    more = (
+        f" g{part.group}"
+        + " flat" * part.flatten
+        + " gathered" * part.gathered
+        + (f" x{part.per_processor}" if part.per_processor > 1 else "")
+    )
+    return f"{part.bm}x{part.bn}x{part.bk} w{part.warps} s{part.stages}{more}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import triton
 
 from moec.backends.triton.choose import PERSISTENT, Plan, Tile
 from moec.backends.triton.kernels import group
-from moec.backends.triton.kernels.combine import combine
+from moec.backends.triton.kernels.combine import clear_rows, combine
 from moec.backends.triton.products import persistent_products, tile_products
 from moec.backends.triton.site import Site, cdiv
 
@@ -27,7 +27,7 @@ def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[[torch.T
     at = group.at_tiles(experts)
     if pairs <= group.SMALL_PAIRS:
         bins = triton.next_power_of_2(max(experts, 2))
-        sizes = {"CHUNK": group.LANE_PAIRS, "STEP": group.STEP, "PDL": pdl}
+        sizes = {"CHUNK": group.LANE_PAIRS, "STEP": group.STEP, "BLOCK": 512 if pairs <= 512 else 4096, "PDL": pdl}
         more = {"EB": bins, "AT": at, "HAS_VALID": site.has_valid}
         small = site.launch(group.group_small, common | more | sizes, pdl=False)
         grid = (1 + cdiv(pairs, group.LANE_PAIRS), 1, 1)
@@ -73,7 +73,8 @@ class GroupedRun:
     """y, ids, valid, out: fills out[T, O]."""
     meta_size: int
     h_size: tuple[int, int]
-    y_size: tuple[int, int]
+    y_size: tuple[int, int] | None
+    """None where each token has one expert: its row is the token's result."""
 
     def __call__(
         self,
@@ -84,7 +85,8 @@ class GroupedRun:
         out: torch.Tensor,
     ) -> None:
         meta = torch.empty(self.meta_size, dtype=torch.int32, device=x.device)
-        h, y = x.new_empty(self.h_size), x.new_empty(self.y_size)
+        h = x.new_empty(self.h_size)
+        y = out if self.y_size is None else x.new_empty(self.y_size)
         self.arrange(ids, valid, meta)
         self.first(x, meta, h)
         self.second(h, meta, weights, y)
@@ -109,13 +111,15 @@ def grouped_run(site: Site, plan: Plan, tokens: int) -> GroupedRun:
         summing(site, tokens),
         at + 2 * most + pairs,
         (pairs, layer.f),
-        (pairs, layer.o),
+        None if k == 1 else (pairs, layer.o),
     )
 
 
 def summing(site: Site, tokens: int) -> Callable[..., None]:
     """y, ids, valid, out -> out[T, O] filled."""
     layer = site.layer
+    if site.k == 1:
+        return clearing(site, tokens)
     bo = min(1024, triton.next_power_of_2(layer.o))
     constants = {"K": site.k, "E": layer.experts, "O": layer.o, "HAS_VALID": site.has_valid}
     last = site.launch(combine, constants | {"BT": 1, "BO": bo, "PDL": site.pdl}, pdl=site.pdl)
@@ -123,5 +127,18 @@ def summing(site: Site, tokens: int) -> Callable[..., None]:
 
     def run(y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
         last(grid, y, ids, valid, out, tokens)
+
+    return run
+
+
+def clearing(site: Site, tokens: int) -> Callable[..., None]:
+    """y, ids, valid, out -> zeros in the rows of out whose token has no expert."""
+    constants = {"E": site.layer.experts, "O": site.layer.o, "HAS_VALID": site.has_valid, "BT": 128, "BO": 128}
+    clear = site.launch(clear_rows, constants | {"PDL": site.pdl}, pdl=site.pdl)
+    grid = (cdiv(tokens, 128), 1, 1)
+
+    def run(y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
+        del y
+        clear(grid, ids, valid, out, tokens)
 
     return run

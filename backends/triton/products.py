@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moec.backends.triton.choose import Tile
 from moec.backends.triton.kernels import persistent, tiles
+from moec.backends.triton.kernels.gather import gather_rows
 from moec.backends.triton.operands import Stored
 from moec.backends.triton.site import Site, base, cdiv, matrix, vector, vectors
 
@@ -65,8 +67,6 @@ def tile_products(site: Site, one: Tile, two: Tile, most: int, at: int) -> Produ
 
 def descriptor(w: Stored, bn: int, bk: int) -> Any:
     """A TMA descriptor over [E, N, C], or over [E, C, N] where the outputs lie side by side."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     turned = w.strides[1] != 1
     n, c = w.shape
     base = w.base
@@ -77,8 +77,6 @@ def descriptor(w: Stored, bn: int, bk: int) -> Any:
 
 def joint_descriptor(gate: Stored, up: Stored, bn: int, bk: int) -> tuple[Any, bool] | None:
     """One TMA descriptor over [E, 2, F, D] of both, and whether up comes first; None where they do not lie so."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     size = gate.dtype.itemsize
     gap = up.base.data_ptr() - gate.base.data_ptr()
     if gate.strides[1] != 1 or gap == 0 or gap % 16 or abs(gap) >= 1 << 40:
@@ -93,7 +91,9 @@ def persistent_products(site: Site, one: Tile, two: Tile, most: int, at: int) ->
     """Both products with one program per multiprocessor and weights by TMA."""
     layer = site.layer
     gate, up, down = layer.gate, layer.up or layer.gate, layer.down
-    programs = site.facts.processors
+    programs = site.facts.processors * one.per_processor
+    programs_out = site.facts.processors * two.per_processor
+    by_tma = layer.f * layer.dtype.itemsize % 16 == 0
     _, flags = vectors(gate)
     joint = None if layer.up is None else joint_descriptor(gate.w, up.w, one.bn, one.bk)
     gate_at: Any
@@ -110,7 +110,7 @@ def persistent_products(site: Site, one: Tile, two: Tile, most: int, at: int) ->
         | layer.activation
         | {"HAS_BIAS": flags["HAS_BIAS"], "PRECISION": site.precision}
         | {"BM": one.bm, "BN": one.bn, "BK": one.bk, "GROUP": one.group}
-        | {"PROGRAMS": programs, "FLATTEN": one.flatten, "PDL": site.pdl},
+        | {"PROGRAMS": programs, "FLATTEN": one.flatten, "BY_TMA": one.gathered, "PDL": site.pdl},
         warps=one.warps,
         stages=one.stages,
         pdl=site.pdl,
@@ -122,19 +122,40 @@ def persistent_products(site: Site, one: Tile, two: Tile, most: int, at: int) ->
         | vector(down.b, "B")
         | {"HAS_BIAS": flags["HAS_BIAS"], "WEIGHTED": site.weighted, "PRECISION": site.precision}
         | {"BM": two.bm, "BN": two.bn, "BK": two.bk, "GROUP": two.group}
-        | {"PROGRAMS": programs, "FLATTEN": two.flatten, "PDL": site.pdl},
+        | {"PROGRAMS": programs_out, "FLATTEN": two.flatten, "BY_TMA": by_tma, "PDL": site.pdl},
         warps=two.warps,
         stages=two.stages,
         pdl=site.pdl,
     )
     down_at = descriptor(down.w, two.bn, two.bk)
+    gather = gathering(site, most, at)
     b_gate, b_up, b_down = base(gate.b), base(up.b), base(down.b)
-    grid = (programs, 1, 1)
+    grid, grid_out = (programs, 1, 1), (programs_out, 1, 1)
 
     def run_first(x: torch.Tensor, meta: torch.Tensor, h: torch.Tensor) -> None:
-        first(grid, x, meta, gate_at, up_at, b_gate, b_up, h, most)
+        if one.gathered:
+            rows = gather(x, meta, h.shape[0])
+            x_at = TensorDescriptor(rows, rows.shape, rows.stride(), [one.bm, one.bk])
+        else:
+            x_at = x
+        first(grid, x_at, meta, gate_at, up_at, b_gate, b_up, h, most)
 
     def run_second(h: torch.Tensor, meta: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor) -> None:
-        second(grid, h, meta, weights, down_at, b_down, y, most)
+        h_at = TensorDescriptor(h, h.shape, h.stride(), [two.bm, two.bk]) if by_tma else h
+        second(grid_out, h_at, meta, weights, down_at, b_down, y, most)
 
     return run_first, run_second
+
+
+def gathering(site: Site, most: int, at: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """x[T, D], meta, P -> [P, D] in the order of meta."""
+    layer = site.layer
+    constants = {"K": site.k, "E": layer.experts, "D": layer.d, "AT": at, "BR": 8, "BD": 512, "PDL": site.pdl}
+    copy = site.launch(gather_rows, constants, pdl=site.pdl)
+
+    def run(x: torch.Tensor, meta: torch.Tensor, pairs: int) -> torch.Tensor:
+        rows = x.new_empty((pairs, layer.d))
+        copy((cdiv(layer.d, 512), cdiv(pairs, 8), 1), x, meta, rows, most)
+        return rows
+
+    return run

@@ -199,53 +199,42 @@ def tiles_to_try(setup: Setup, tokens: int) -> Iterable[tuple[str, list[Tile], l
             yield TILES, one, two
     if rows >= 2:
         one = [
-            Tile(64, bn * narrow, bk, warps, stages, group, flatten)
-            for bn, bk, warps, stages, group, flatten in (
-                (128, 64, 4, 4, 8, False),
-                (128, 64, 4, 4, 8, True),
-                (128, 64, 8, 4, 8, False),
-                (64, 64, 4, 6, 8, False),
-                (64, 128, 4, 3, 8, False),
-                (64, 128, 4, 4, 8, True),
-            )
+            Tile(64, 64 * narrow, 64, 4, 4, 8, per_processor=2),
+            Tile(64, 64 * narrow, 64, 4, 3, 8, per_processor=3),
+            Tile(64, 64 * narrow, 128, 4, 2, 8, per_processor=2),
+            Tile(64, 128 * narrow, 64, 4, 2, 8, per_processor=2),
+            Tile(64, 64 * narrow, 64, 4, 4, 8, flatten=True, per_processor=2),
+            Tile(64, 64 * narrow, 128, 4, 4, 8, flatten=True),
         ]
         two = [
-            Tile(64, bn, bk, warps, stages, group, flatten)
-            for bn, bk, warps, stages, group, flatten in (
-                (256, 64, 4, 4, 8, False),
-                (256, 64, 4, 4, 8, True),
-                (128, 64, 4, 5, 8, False),
-                (128, 128, 4, 4, 8, False),
-                (128, 128, 4, 4, 8, True),
-                (256, 64, 8, 4, 8, False),
-            )
+            Tile(64, 128, 64, 4, 4, 8, per_processor=2),
+            Tile(64, 128, 64, 4, 3, 8, per_processor=3),
+            Tile(64, 128, 128, 4, 2, 8, per_processor=2),
+            Tile(64, 256, 64, 4, 2, 8, per_processor=2),
+            Tile(64, 128, 64, 4, 4, 8, flatten=True, per_processor=2),
+            Tile(64, 128, 128, 4, 4, 8),
         ]
         yield PERSISTENT, one, two
     if rows >= 24:
         one = [
-            Tile(128, bn * narrow, bk, warps, stages, group, flatten)
-            for bn, bk, warps, stages, group, flatten in (
-                (128, 64, 8, 3, 8, False),
-                (128, 64, 8, 4, 8, False),
-                (128, 64, 8, 4, 8, True),
-                (128, 64, 8, 3, 8, True),
-                (128, 64, 8, 4, 2, False),
-                (128, 64, 8, 4, 16, False),
-                (64, 64, 8, 5, 8, False),
-                (64, 128, 8, 3, 8, False),
-            )
+            Tile(128, 128 * narrow, 64, 8, 4, 16),
+            Tile(128, 128 * narrow, 64, 8, 4, 16, flatten=True),
+            Tile(128, 128 * narrow, 64, 8, 4, 16, gathered=True),
+            Tile(128, 128 * narrow, 64, 8, 4, 16, flatten=True, gathered=True),
+            Tile(128, 64 * narrow, 64, 4, 3, 8, per_processor=2),
+            Tile(128, 64 * narrow, 64, 8, 3, 8, per_processor=2),
+            Tile(128, 64 * narrow, 64, 4, 3, 16, per_processor=2, gathered=True),
+            Tile(128, 64 * narrow, 64, 4, 3, 8, flatten=True, per_processor=2),
         ]
         two = [
-            Tile(128, bn, bk, warps, stages, group, flatten)
-            for bn, bk, warps, stages, group, flatten in (
-                (256, 64, 8, 3, 8, False),
-                (256, 64, 8, 4, 8, False),
-                (256, 64, 8, 4, 8, True),
-                (256, 64, 8, 3, 8, True),
-                (256, 64, 8, 4, 2, False),
-                (256, 64, 8, 4, 16, False),
-                (128, 128, 8, 3, 8, False),
-            )
+            Tile(128, 256, 64, 8, 4, 16),
+            Tile(128, 256, 64, 8, 4, 16, flatten=True),
+            Tile(128, 256, 64, 8, 3, 16),
+            Tile(128, 256, 64, 8, 4, 8),
+            Tile(128, 128, 64, 4, 3, 8, per_processor=2),
+            Tile(128, 128, 64, 8, 3, 8, per_processor=2),
+            Tile(128, 128, 64, 4, 3, 16, per_processor=2),
+            Tile(128, 128, 64, 4, 3, 8, flatten=True, per_processor=2),
         ]
         yield PERSISTENT, one, two
 
@@ -331,7 +320,7 @@ class Sweep:
 
 
 def _name(tile: Tile) -> str:
-    return "x".join(str(part) for part in tile)
+    return "x".join(str(int(part)) for part in tile)
 
 
 def measure(name: str, tokens: list[int], args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:

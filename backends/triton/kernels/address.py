@@ -12,19 +12,24 @@ import triton.language as tl
 @triton.jit
 def expert_base(base, e, STRIDE_E: tl.constexpr, LISTED: tl.constexpr, DTYPE: tl.constexpr):
     """The address of expert e's matrix. With LISTED, base is the table i64[E]: 1 for addresses that 16 divides."""
+    # One return: Triton 3.6 wants the types of several to agree, even of those that are not compiled.
     if LISTED == 1:
-        return tl.multiple_of(tl.load(base + e).to(tl.pointer_type(DTYPE)), 16)
-    if LISTED:
-        return tl.load(base + e).to(tl.pointer_type(DTYPE))
-    return base + e.to(tl.int64) * STRIDE_E
+        at = tl.multiple_of(tl.load(base + e).to(tl.pointer_type(DTYPE)), 16)
+    elif LISTED:
+        at = tl.load(base + e).to(tl.pointer_type(DTYPE))
+    else:
+        at = base + e.to(tl.int64) * STRIDE_E
+    return at
 
 
 @triton.jit
 def vector_base(base, e, STRIDE_E: tl.constexpr, LISTED: tl.constexpr, DTYPE: tl.constexpr):
     """The address of expert e's bias or scales, which need not be aligned."""
     if LISTED:
-        return tl.load(base + e).to(tl.pointer_type(DTYPE))
-    return base + e.to(tl.int64) * STRIDE_E
+        at = tl.load(base + e).to(tl.pointer_type(DTYPE))
+    else:
+        at = base + e.to(tl.int64) * STRIDE_E
+    return at
 
 
 @triton.jit

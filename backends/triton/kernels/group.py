@@ -15,12 +15,12 @@ from triton.language.extra import cuda
 from moec.backends.triton.kernels.address import load_expert, valid_tokens
 
 OFFSETS = 4
-SMALL_PAIRS = 8192
+SMALL_PAIRS = 4096
 """Up to so many pairs each finds its own place by comparing itself with all others."""
 CHUNK = 256
 """Pairs of a chunk when there are more."""
 LANE_PAIRS = 32
-STEP = 256
+STEP = 128
 
 
 def at_tiles(experts: int) -> int:
@@ -54,25 +54,27 @@ def write_tiles(meta, counts, rows, most, E: tl.constexpr, EB: tl.constexpr, AT:
 @triton.jit(do_not_specialize=["pairs", "rows", "most"], do_not_specialize_on_alignment=["ids", "valid"])
 def group_small(ids, valid, meta, pairs, rows, most,
                 K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, AT: tl.constexpr, HAS_VALID: tl.constexpr,
-                CHUNK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """ids[P] -> meta. Grid: 1 + P / CHUNK; the first program cuts tiles, each other one places CHUNK pairs."""
     if PDL:
         cuda.gdc_launch_dependents()
     limit = valid_tokens(valid, pairs // K, HAS_VALID) * K
     if tl.program_id(0) == 0:
         counts = tl.zeros([EB], dtype=tl.int32)
-        for start in tl.range(0, pairs, 1024):
-            e = load_expert(ids, start + tl.arange(0, 1024), limit, E)
+        for start in tl.range(0, pairs, BLOCK):
+            e = load_expert(ids, start + tl.arange(0, BLOCK), limit, E)
             counts += tl.histogram(tl.where(e < E, e, 0), EB, mask=e < E)
         write_tiles(meta, counts, rows, most, E, EB, AT)
     else:
         pair = (tl.program_id(0) - 1) * CHUNK + tl.arange(0, CHUNK)
         key = load_expert(ids, pair, limit, E) * pairs + pair
-        place = tl.zeros([CHUNK], dtype=tl.int32)
+        # Counted in two dimensions and summed once, because a sum across threads costs more than the comparisons.
+        smaller = tl.zeros([CHUNK, STEP], dtype=tl.int32)
         for start in tl.range(0, pairs, STEP):
             other = start + tl.arange(0, STEP)
             keys = tl.where(other < pairs, load_expert(ids, other, limit, E) * pairs + other, 2147483647)
-            place += tl.sum((keys[None, :] < key[:, None]).to(tl.int32), axis=1)
+            smaller += (keys[None, :] < key[:, None]).to(tl.int32)
+        place = tl.sum(smaller, axis=1)
         tl.store(meta + AT + 2 * most + place, pair, mask=pair < pairs)
 
 
@@ -125,10 +127,10 @@ def place_chunks(ids, valid, counts, totals, meta, pairs, rows, most,
         pair = chunk * CHUNK + i
         e = load_expert(ids, pair, limit, E)
         before = tl.cumsum(total, axis=0) - total + tl.load(counts + chunk * EB + lane)
-        place = tl.gather(before, e, axis=0)
+        earlier = tl.zeros([CHUNK, STEP], dtype=tl.int32)
         for start in tl.range(0, CHUNK, STEP):
             j = start + tl.arange(0, STEP)
             e_j = load_expert(ids, chunk * CHUNK + j, limit, E)
-            before_i = (e_j[None, :] == e[:, None]) & (j[None, :] < i[:, None])
-            place += tl.sum(before_i.to(tl.int32), axis=1)
+            earlier += ((e_j[None, :] == e[:, None]) & (j[None, :] < i[:, None])).to(tl.int32)
+        place = tl.gather(before, e, axis=0) + tl.sum(earlier, axis=1)
         tl.store(meta + AT + 2 * most + place, pair, mask=pair < pairs)

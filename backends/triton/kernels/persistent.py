@@ -23,8 +23,20 @@ def load_block(weights, e, n, c, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.
     return weights.load([e, n, c]).reshape(BN, BK).T
 
 
+@triton.jit
+def load_rows(x, real, top, start, c, D: tl.constexpr, BK: tl.constexpr, BY_TMA: tl.constexpr):
+    """A step's inputs of a tile's rows, [BM, BK]: from a descriptor, or from the rows' addresses."""
+    if BY_TMA:
+        a = x.load([top, start])
+    elif D % BK == 0:
+        a = tl.load(x + start, mask=real[:, None], other=0.0)
+    else:
+        a = tl.load(x + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+    return a
+
+
 @triton.jit(do_not_specialize=["most"])
-def persistent_in(  # noqa: PLR0912
+def persistent_in(
                   x, meta, gate, up, b_gate, b_up, h, most,
                   K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, AT: tl.constexpr,
                   TURNED: tl.constexpr, JOINT: tl.constexpr, SWAPPED: tl.constexpr,
@@ -33,11 +45,12 @@ def persistent_in(  # noqa: PLR0912
                   AFTER: tl.constexpr, SHIFT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
                   PRECISION: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-                  FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  FLATTEN: tl.constexpr, BY_TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x[T, D] -> h[P, F] in the order of `meta`: gate, up and activation. Grid: PROGRAMS.
 
     With JOINT `gate` is one descriptor over [E, 2, F, D] of both (SWAPPED: up first): one load and one product, twice
-    as wide, do for both. `up` is then not read.
+    as wide, do for both. `up` is then not read. With BY_TMA x is a descriptor of rows already in the order of `meta`; a
+    tile's last rows may then be the next expert's, which are not stored.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -48,18 +61,18 @@ def persistent_in(  # noqa: PLR0912
     for place in tl.range(tl.program_id(0), tiles * COLUMNS, PROGRAMS, flatten=FLATTEN):
         tile, block = place_of(place, tiles, COLUMNS, GROUP)
         e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
+        top = tl.load(meta + AT + most + tile)
+        row = top + tl.arange(0, BM)
         real = row < tl.load(meta + 5 + e)
-        pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
-        x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
+        x_at = x
+        if not BY_TMA:
+            pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
+            x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
         first = block * BN
         if JOINT:
             both = tl.zeros([BM, 2 * BN], dtype=tl.float32)
             for start in tl.range(0, D, BK):
-                if D % BK == 0:
-                    a = tl.load(x_at + start, mask=real[:, None], other=0.0)
-                else:
-                    a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+                a = load_rows(x_at, real, top, start, c, D, BK, BY_TMA)
                 w = gate.load([e, 0, first, start]).reshape(2 * BN, BK).T
                 both = dot(a, w, both, PRECISION)
             g, u = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
@@ -69,10 +82,7 @@ def persistent_in(  # noqa: PLR0912
             g = tl.zeros([BM, BN], dtype=tl.float32)
             u = tl.zeros([BM, BN], dtype=tl.float32)
             for start in tl.range(0, D, BK):
-                if D % BK == 0:
-                    a = tl.load(x_at + start, mask=real[:, None], other=0.0)
-                else:
-                    a = tl.load(x_at + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
+                a = load_rows(x_at, real, top, start, c, D, BK, BY_TMA)
                 g = dot(a, load_block(gate, e, first, start, BN, BK, TURNED), g, PRECISION)
                 if GATED:
                     u = dot(a, load_block(up, e, first, start, BN, BK, TURNED), u, PRECISION)
@@ -94,8 +104,11 @@ def persistent_out(h, meta, weights, down, bias, y, most,
                    TURNED: tl.constexpr, B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr,
                    B_DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-                   FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """h[P, F] -> y[P, O] in the order of pairs, times the pairs' weights. Grid: PROGRAMS."""
+                   FLATTEN: tl.constexpr, BY_TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[P, F] -> y[P, O] in the order of pairs, times the pairs' weights. Grid: PROGRAMS.
+
+    With BY_TMA h is a descriptor; a tile's last rows may then be the next expert's, which are not stored.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -105,15 +118,16 @@ def persistent_out(h, meta, weights, down, bias, y, most,
     for place in tl.range(tl.program_id(0), tiles * COLUMNS, PROGRAMS, flatten=FLATTEN):
         tile, block = place_of(place, tiles, COLUMNS, GROUP)
         e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
+        first = tl.load(meta + AT + most + tile)
+        row = first + tl.arange(0, BM)
         real = row < tl.load(meta + 5 + e)
-        h_at = h + row.to(tl.int64)[:, None] * F + c[None, :]
         total = tl.zeros([BM, BN], dtype=tl.float32)
         for start in tl.range(0, F, BK):
-            if F % BK == 0:
-                a = tl.load(h_at + start, mask=real[:, None], other=0.0)
+            if BY_TMA:
+                a = h.load([first, start])
             else:
-                a = tl.load(h_at + start, mask=real[:, None] & (c < F - start)[None, :], other=0.0)
+                h_at = h + row.to(tl.int64)[:, None] * F + (start + c)[None, :]
+                a = tl.load(h_at, mask=real[:, None] & (c < F - start)[None, :], other=0.0)
             w = load_block(down, e, block * BN, start, BN, BK, TURNED)
             total = dot(a, w, total, PRECISION)
         columns = block * BN + tl.arange(0, BN)

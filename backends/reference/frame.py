@@ -52,5 +52,11 @@ class Frame:
     @cached_property
     def device(self) -> torch.device:
         """Where the run happens: the device of the first tensor, the CPU if there is none."""
-        tensors = (x for x in self.values.values() if isinstance(x, torch.Tensor))
-        return next((x.device for x in tensors), torch.device("cpu"))
+        found = list(self.values.values())
+        tensors = (x for x in found if isinstance(x, torch.Tensor))
+        # Weights of experts that are a tensor each are looked at last: reading one may be work.
+        first = next(tensors, None)
+        first = next((x[0] for x in found if len(x)), None) if first is None else first
+        while first is not None and not isinstance(first, torch.Tensor):
+            first = first[0]
+        return torch.device("cpu") if first is None else first.device

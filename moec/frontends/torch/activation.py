@@ -149,7 +149,7 @@ def name_activation(
     # A bound far out shows only beyond it.
     questions += [[v * 4 * n for v in synthetic(widths, 7)] for n in numbers if max(_SCALES) < n < 1e6]
     questions.append([torch.zeros(n) for n in widths])
-    answers = [ask([v.clone() for v in q]) for q in questions]
+    answers = [ask([v.clone() for v in q]).cpu() for q in questions]
     tried: set[Activation] = set()
     for candidate in _candidates(layouts, numbers):
         if candidate in tried:

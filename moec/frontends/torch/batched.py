@@ -168,6 +168,6 @@ def _ask(log: Log, instance: Instance, parts: list[Product], down: Product, hidd
     if not torch.allclose(first, first[:1].expand(first.shape), rtol=1e-5, atol=1e-6, equal_nan=True):
         raise NotLifted("equal rows of an expert get different results")
     own = down.inputs.expert == down.inputs.expert[0]
-    out = torch.empty(down.inputs.length)
+    out = torch.empty(down.inputs.length, device=first.device)
     out[down.inputs.feature[own]] = first[0][own].float()
     return out

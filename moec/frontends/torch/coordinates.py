@@ -100,11 +100,11 @@ def number(log: Log, slot: int, entries: set[int], params: Mapping[str, torch.Te
     given = {}
     for i, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
         tensor, param = log.tensors[leaf], params[name]
-        numbers = torch.arange(param.untyped_storage().nbytes() // param.element_size())
+        numbers = torch.arange(param.untyped_storage().nbytes() // param.element_size(), device=tensor.device)
         start, base = int(tensor.storage_offset()), int(param.storage_offset())
         codes = numbers.as_strided(tensor.shape, tensor.stride(), start) - base
         given[leaf] = codes + (i << _SHIFT)
-    codes = replay(log, entries, given, slot) if entries else given[slot]
+    codes = (replay(log, entries, given, slot) if entries else given[slot]).cpu()
     return Operand(names, codes >> _SHIFT, codes & ((1 << _SHIFT) - 1))
 
 

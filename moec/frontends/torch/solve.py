@@ -202,7 +202,7 @@ class _ExpertOutputs:
     def combine(self, experts: torch.Tensor, weights: torch.Tensor, *, on_input: bool) -> torch.Tensor:
         if on_input:
             return self.body.evaluate(self.params, self.rows, experts, weights, on_input=True)
-        out = torch.zeros(self.rows.shape[0], self.body.outputs)
+        out = self.rows.new_zeros(self.rows.shape[0], self.body.outputs)
         for expert in torch.unique(experts).tolist():
             if 0 <= expert < self.body.experts:
                 gate = torch.where(experts == expert, weights.float(), 0.0).sum(-1, keepdim=True)

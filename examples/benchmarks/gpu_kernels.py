@@ -309,7 +309,8 @@ class Sweep:
         run = self.prepared.run_for(*batch, plan=plan)
         assert isinstance(run, GroupedRun)
         meta = torch.empty(run.meta_size, dtype=torch.int32, device="cuda")
-        h, y, out = x.new_empty(run.h_size), x.new_empty(run.y_size), torch.empty_like(x)
+        h, out = x.new_empty(run.h_size), torch.empty_like(x)
+        y = out if run.y_size is None else x.new_empty(run.y_size)
         run.arrange(ids, None, meta)
         return {
             "arrange": lambda: run.arrange(ids, None, meta),
@@ -332,7 +333,7 @@ def measure(name: str, tokens: list[int], args: argparse.Namespace, deadline: fl
     for t in tokens:
         if time.time() > deadline:
             break
-        batches = inputs(setup, t, 8 if t <= 64 else 3, dtype)
+        batches = inputs(setup, t, 8 if t <= 64 else args.inputs, dtype)
         least = floor(setup, batches, dtype.itemsize)
         begin = time.time()
         out = torch.full_like(batches[0][0], float("nan"))
@@ -376,6 +377,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 4096, 16384])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--sweep", action="store_true", help="time every candidate, each product on its own")
+    parser.add_argument("--inputs", type=int, default=3, help="inputs to rotate over from 65 tokens on")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--json", default="gpu_kernels.json")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ def expert_base(base, e, STRIDE_E: tl.constexpr, LISTED: tl.constexpr, DTYPE: tl
 @triton.jit
 def vector_base(base, e, STRIDE_E: tl.constexpr, LISTED: tl.constexpr, DTYPE: tl.constexpr):
     """The address of expert e's bias or scales, which need not be aligned."""
-    if LISTED:
+    if LISTED:  # noqa: SIM108
         at = tl.load(base + e).to(tl.pointer_type(DTYPE))
     else:
         at = base + e.to(tl.int64) * STRIDE_E

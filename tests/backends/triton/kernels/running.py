@@ -63,7 +63,7 @@ def run(prepared: Prepared, path: str | None, *given: Any, **more: Any) -> torch
 
 def meaning(case: Case, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The op by its meaning, on the CPU."""
-    weights_of = {
+    weights_of: dict[str, Experts] = {
         name: w.cpu() if isinstance(w, torch.Tensor) else [part.cpu() for part in w] for name, w in case.weights.items()
     }
     kept, case.weights = case.weights, weights_of

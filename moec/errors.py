@@ -42,9 +42,10 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC213": "example inputs of the wrong kind",
         "MOEC220": "layer left alone under strict",
         "MOEC221": "layer that failed verification under strict",
-        "MOEC230": "weights that are not where they were",
+        "MOEC230": "weights or code that are not what they were",
         "MOEC231": "compiled layer that runs its original code",
         "MOEC232": "compiled method without its module",
+        "MOEC233": "layer changed between forward and backward",
         # 3xx: passes and their runner
         "MOEC301": "unknown pass",
         "MOEC302": "unknown or missing option of a pass",

@@ -80,6 +80,8 @@ class DirectCall:
         roles = self.roles
         if roles.form is None and len(args) == 1 and not kwargs and not self.others:
             x = _check(args[0], self.out_shapes, self.dtype, self.inputs)
+            if x.dim() == 2 and self._alike[2]:  # rows already; a reshape of a small layer's is a part of its time
+                return executable(x)[0]
             (y,) = executable(x.reshape(-1, self.inputs))
             return y.reshape(self._shape(x))
         bound = self.binder(args, kwargs)

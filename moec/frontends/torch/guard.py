@@ -17,8 +17,8 @@ from moec.frontends.torch.reads import classes_of, names_in
 from moec.frontends.torch.taken import Row
 from moec.weights import View
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-HAS_HOOKS = "a submodule that the compiled layer replaces has hooks"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HASHOOKS = "a submodule that the compiled layer replaces has hooks"
 IN_TRAINING = "the layer is in training mode"
 _GONE = "<missing>"
 
@@ -35,7 +35,7 @@ class Guard:
         for row in rows:
             self._bind(module, row)
         parts = [module.get_submodule(path) for path in paths]
-        self._hooks = tuple(getattr(part, name) for part in parts for name in _HOOKS if part is not module)
+        self._hooks = tuple(getattr(part, name) for part in parts for name in HOOKS if part is not module)
         self._modes = tuple(p.__dict__ for p in dict.fromkeys(parts) if p is module or _has_modes(p))
         for path in weightless:
             parent, _, name = path.rpartition(".")
@@ -87,7 +87,7 @@ class Guard:
             if attributes["training"]:
                 return IN_TRAINING
         if any(self._hooks):
-            return HAS_HOOKS
+            return HASHOOKS
         return self.changed()
 
     def check(self) -> None:
@@ -150,6 +150,8 @@ class Guards:
                 alone.setdefault(expert, []).append(path)
         own = {path for found in alone.values() for path in found}
         weightless = {path for path in paths if path not in owners}
+        # The store itself asks whether a module with weights had its forward overridden.
+        rows = [r for r in rows if r.path in weightless or r.keys or r.objects or r.absent != {"forward"}]
         front = [path for path in paths if path not in own]
         self.front = Guard(
             module, [r for r in rows if r.path not in own], ["", *front], [p for p in front if p in weightless]

@@ -10,18 +10,19 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from moec.errors import MoecError
+from moec.frontends.torch.callers import copied_caller, recorded_by
 from moec.frontends.torch.calls import Call, Executable
-from moec.frontends.torch.guard import Guards
+from moec.frontends.torch.guard import HOOKS, Guards
+from moec.frontends.torch.recompute import Layer, run_with_gradients, slots_of
 from moec.frontends.torch.routing import NoTokens, Unusual
 from moec.frontends.torch.taken import Row, take
 from moec.report import LayerReport
@@ -29,6 +30,7 @@ from moec.weights import WeightStore
 
 # Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.
 _GLOBAL_HOOKS: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+_AUTOCAST: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 # Folders whose frames are passed over on the way to the user's line.
 _INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
@@ -73,6 +75,11 @@ class CompiledMethod:
         return getattr(type(self.module), self.method).__get__(self.module)  # type: ignore[no-any-return]
 
     @property
+    def __code__(self) -> Any:
+        # torch.export looks for the line that a module's forward begins at.
+        return inspect.unwrap(self.original).__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         # User code may inspect the signature of a method it is about to call.
         return inspect.signature(self.original)
@@ -101,10 +108,6 @@ class CompiledMethod:
         except AttributeError as error:
             raise MoecError("MOEC230", f"a submodule is gone: {error}", hint="call moec.refresh(model)") from error
 
-    def module_device(self) -> str:
-        """Type of the device of the module's first parameter."""
-        return next((p.device.type for p in self.module.parameters()), "cpu")
-
     def moved(self) -> str:
         """Why it cannot serve the module as it is now; empty if it can."""
         try:
@@ -120,6 +123,12 @@ class CompiledMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.restored:  # somebody kept it, a wrapper around forward for example
             return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._compiling(args, kwargs)
+        copied = copied_caller(self.module, self.method, self)
+        if copied is not None:
+            own = getattr(type(copied), self.method).__get__(copied)
+            return self._fall_back("it was called on a shallow copy of the compiled module", args, kwargs, own)
         try:
             executable = self.executable or self.ready()
             reason = self._blocked()
@@ -128,6 +137,8 @@ class CompiledMethod:
             if torch.is_grad_enabled():
                 needed = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor) and t.requires_grad]
                 if needed or any(p.requires_grad for p in self.module.parameters()):
+                    if self._hooked():
+                        return self._fall_back("it has hooks, which the backward would call again", args, kwargs)
                     return self._with_gradients(args, kwargs)
                 with torch.no_grad():
                     return self.call(self.module, executable, args, kwargs)
@@ -142,17 +153,31 @@ class CompiledMethod:
                 raise
             return self._fall_back(error.message, args, kwargs)
 
+    def _compiling(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under torch.export the original; under torch.compile the compiled layer, behind a break of the graph."""
+        if not torch.compiler.is_exporting():
+            return _eagerly(self, args, kwargs)
+        if not torch.compiler.is_dynamo_compiling():  # which can trace neither warnings nor counts
+            return self._fall_back("torch.export is recording", args, kwargs)
+        return self.original(*args, **kwargs)
+
     def _blocked(self) -> str | None:
         if self._stale:
             return self._stale
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        if _AUTOCAST():
             return "autocast is on"
         if self.replaced and _GLOBAL_HOOKS():
             return "hooks on all modules are registered, and the layer replaces submodules"
         assert self._guards is not None
-        return self._guards.front.blocked() or None
+        return self._guards.front.blocked() or recorded_by()
 
-    def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _fall_back(
+        self,
+        reason: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        original: Callable[..., Any] | None = None,
+    ) -> Any:
         name = self.layer.name or "the model"
         if self.strict:
             raise MoecError("MOEC231", f"{name} cannot run compiled: {reason}", hint="strict=True forbids falling back")
@@ -160,16 +185,25 @@ class CompiledMethod:
             text = f"[MOEC231] {name} runs its original code: {reason} (said once)"
             warnings.warn(text, FallbackWarning, stacklevel=_level_of_the_user())
         self.layer.fallbacks += 1
-        return self.original(*args, **kwargs)
+        return (original or self.original)(*args, **kwargs)
 
     def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        params = [p for p in self.module.parameters() if p.requires_grad]
-        shape = _Structure()
-        tensors = [leaves[i] for i in places]
-        outs = _Recompute.apply(self, leaves, spec, places, shape, *tensors, *params)  # type: ignore[no-untyped-call]
-        return shape.restore(outs)
+        executable, guards = self.ready(), self._guards
+        assert guards is not None
+        # Reads the module's attributes alone: the layer must not hold on to this method, which holds on to the module.
+        layer = Layer(
+            self.module,
+            lambda args, kwargs: self.call(self.module, executable, args, kwargs),
+            self.original,
+            guards.changed,
+            slots_of(self.module),
+        )
+        return run_with_gradients(layer, args, kwargs)
+
+    def _hooked(self) -> bool:
+        """Whether the backward, which runs the original again, would call hooks a second time."""
+        inner = [m for m in self.module.modules() if m is not self.module]
+        return any(getattr(m, name) for m in inner for name in HOOKS) or (bool(inner) and _GLOBAL_HOOKS())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledMethod:
         module = memo.get(id(self.module))
@@ -194,92 +228,18 @@ class CompiledMethod:
         return getattr, (self.module, self.method)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(method: CompiledMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Called while torch.compile traces, run outside of its graph."""
+    return method(*args, **kwargs)
+
+
 def _level_of_the_user() -> int:
     """The caller's `stacklevel` for a warning that points outside of torch and of moec."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level
-
-
-class _Structure:
-    """The shape of a result whose tensors went through autograd."""
-
-    spec: Any = None
-    fixed: list[Any]
-    is_tensor: list[bool]
-
-    def split(self, result: Any, given: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """The tensors of a result. One that is an argument itself is handed back as it is."""
-        leaves, self.spec = tree_flatten(result)
-        own = {id(leaf) for leaf in given if isinstance(leaf, torch.Tensor)}
-        self.is_tensor = [isinstance(leaf, torch.Tensor) and id(leaf) not in own for leaf in leaves]
-        self.fixed = [None if t else leaf for t, leaf in zip(self.is_tensor, leaves, strict=True)]
-        return tuple(leaf for t, leaf in zip(self.is_tensor, leaves, strict=True) if t)
-
-    def restore(self, tensors: Any) -> Any:
-        tensors = iter(tensors if isinstance(tensors, tuple) else (tensors,))
-        return tree_unflatten(
-            [next(tensors) if t else f for t, f in zip(self.is_tensor, self.fixed, strict=True)], self.spec
-        )
-
-
-class _Recompute(torch.autograd.Function):
-    """Forward by the compiled layer, backward through the original code run again on the same inputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        owner: CompiledMethod,
-        leaves: list[Any],
-        spec: Any,
-        places: list[int],
-        shape: _Structure,
-        *tensors: torch.Tensor,
-    ) -> Any:
-        args, kwargs = tree_unflatten(leaves, spec)
-        outs = shape.split(owner.call(owner.module, owner.ready(), args, kwargs), leaves)
-        ctx.owner, ctx.spec, ctx.places = owner, spec, places
-        ctx.leaves = [None if i in places else v for i, v in enumerate(leaves)]
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*[t for t in outs if not t.is_floating_point()])
-        return outs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        tensors = ctx.saved_tensors
-        count = len(ctx.places)
-        leaves = list(ctx.leaves)
-        inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
-        for place, tensor in zip(ctx.places, inputs, strict=True):
-            leaves[place] = tensor
-        args, kwargs = tree_unflatten(leaves, ctx.spec)
-        device = ctx.owner.module_device()
-        with torch.enable_grad(), eval_mode(ctx.owner.module), torch.autocast(device, enabled=False):
-            outs = _Structure().split(ctx.owner.original(*args, **kwargs), leaves)
-        wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad and g is not None]
-        found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            if pairs
-            else [None] * len(wanted)
-        )
-        # owner, leaves, spec, places and shape take no gradient.
-        return (*[None] * 5, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[count:])))
-
-
-@contextmanager
-def eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    """The mode in which the forward pass ran, whatever was switched since."""
-    training = [m for m in module.modules() if m.training]
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def install(compiled: CompiledMethod) -> None:

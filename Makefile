@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all test-oldest lint format bench clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -36,6 +36,15 @@ test: $(STAMP) ## the tests, without the long matrices
 test-all: $(STAMP) ## the tests with the long matrices
 	$(PYTEST) $(PYTEST_ARGS)
 
+# The oldest Triton that pyproject.toml allows, beside the environment and in front of it.
+OLDEST := .oldest
+$(OLDEST)/.installed: pyproject.toml
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) $(PIP_ARGS) triton==3.6.0
+	@touch $@
+
+test-oldest: $(STAMP) $(OLDEST)/.installed ## the kernels under the oldest Triton
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/backends/triton $(PYTEST_ARGS)
+
 lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@failed=; for tool in "ruff check" "ruff format --check" mypy lint-imports; do \
 		echo "== $$tool"; $(VENV)/bin/$$tool || failed=1; done; test -z "$$failed"
@@ -48,4 +57,4 @@ bench: $(STAMP) ## before/after latency of a transformers Mixtral layer and mode
 	$(PY) -m moec bench examples/generate_mixtral.py:build
 
 clean: ## everything that was made here, .venv included
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

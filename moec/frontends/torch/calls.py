@@ -15,6 +15,7 @@ import torch
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.direct import Roles
+from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.program import run
 from moec.frontends.torch.routing import FORMS, NoTokens, Unusual
 from moec.frontends.torch.sizes import Size
@@ -73,6 +74,7 @@ class DirectCall:
     inputs: int
     out_shapes: Mapping[int, tuple[int | Size, ...]]
     weight_dtype: torch.dtype | None = None
+    ids: Ids | None = None
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,6 +99,8 @@ class DirectCall:
             _check_others(bound, self.others)
             if roles.weights is not None and routing[roles.weights].dtype != self.weight_dtype:
                 raise Unusual(f"the weights are {routing[roles.weights].dtype}, not {self.weight_dtype}")
+            if self.ids is not None and roles.selector is not None:
+                self.ids.check(routing[roles.selector])
             (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
         return y.reshape(self._shape(x))
 
@@ -127,6 +131,7 @@ class SlicedCall:
     experts: int
     inputs: int
     width: int
+    ids: Ids | None = None
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,6 +150,8 @@ class SlicedCall:
             (y,) = executable(rows)
         else:
             weights = rows if weights is None else weights
+            if self.ids is not None:
+                self.ids.check(selector)
             (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
         env[s.y_slot] = y.reshape(s.y_size(module, env, dims)).to(s.y_dtype)
         run(s.after, module, env, dims)

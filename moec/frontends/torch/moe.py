@@ -20,6 +20,7 @@ from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
+from moec.frontends.torch.ids import understood
 from moec.frontends.torch.instances import NotLifted, find_instances
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -109,6 +110,7 @@ def _direct(
         inputs=body.inputs,
         out_shapes={x.dim(): _result_shape(site, binder, maker, x, roles, body)},
         weight_dtype=weight_dtype,
+        ids=understood(getattr(site.module, site.method), maker, params) if roles.form in ("indices", "unit") else None,
     )
     return Lifted(
         name=site.path,

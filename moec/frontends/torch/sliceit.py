@@ -17,6 +17,7 @@ from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
 from moec.frontends.torch.entered import replaced_by
+from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
@@ -96,6 +97,7 @@ def slice_at(
         experts=body.experts,
         inputs=body.inputs,
         width=given.shape[-1],
+        ids=_ids(log, solution, body),
     )
     # What made an expert run while observing is compared by value too: a rare expert may be treated as none other is.
     reached = [_given(site, found) for found in (*(o.log for o in seen), *more)]
@@ -125,6 +127,12 @@ def _region(name: str, log: Log, solution: Solution, body: Body, params: Mapping
     return lift_moe(
         name, body, slots=solution.num_slots, dtype=dtype, weight_dtype=weight_dtype, on_input=solution.on_input
     )
+
+
+def _ids(log: Log, solution: Solution, body: Body) -> Ids | None:
+    if solution.form not in ("indices", "unit") or solution.selector is None:
+        return None
+    return Ids.seen(log.value(solution.selector), body.experts)
 
 
 def _given(site: Site, log: Log) -> torch.Tensor:

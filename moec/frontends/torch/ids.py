@@ -1,0 +1,70 @@
+"""Expert ids outside of 0..E-1: some code takes them for "no expert", other code raises or counts from the end.
+
+T tokens, K experts per token, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.direct import near
+from moec.frontends.torch.observe import tokens
+from moec.frontends.torch.probing import Maker, routing, shape_for
+from moec.frontends.torch.routing import Unusual
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The lowest and the highest id that a layer was seen to understand."""
+
+    lowest: int
+    highest: int
+
+    def check(self, ids: torch.Tensor) -> None:
+        """Raise Unusual for others. On other devices than the CPU a look at the ids would wait for them: not asked."""
+        if ids.device.type != "cpu":
+            return
+        low, high = torch.aminmax(ids)
+        if int(low) < self.lowest or int(high) > self.highest:
+            found = int(high) if int(high) > self.highest else int(low)
+            raise Unusual(f"expert id {found} is not in {self.lowest}..{self.highest}, the ids that were verified")
+
+    @classmethod
+    def seen(cls, ids: torch.Tensor | None, experts: int) -> Ids:
+        """From the ids of an observed call."""
+        if ids is None:
+            return cls(0, experts - 1)
+        return cls(-1 if bool((ids == -1).any()) else 0, experts if bool((ids == experts).any()) else experts - 1)
+
+
+def understood(method: Callable[..., Any], maker: Maker, params: Mapping[str, torch.Tensor]) -> Ids:
+    """The ids that the method takes: E and -1 where it was tried that it leaves out a slot that has them."""
+    body, roles = maker.body, maker.roles
+    template = maker.template[roles.x]
+    if roles.form not in ("indices", "unit") or template.device.type != "cpu":
+        return Ids(0, body.experts - 1)
+    x = tokens(shape_for(template.dim(), 6, body.inputs), template.dtype, 5, device=template.device, mixed=False)
+    rows = x.reshape(-1, body.inputs)
+    weights = torch.ones(len(rows), roles.slots) if roles.form == "unit" else torch.rand(len(rows), roles.slots) + 0.1
+    left_out = []
+    for stray in (-1, body.experts):
+        chosen = routing(len(rows), roles.slots, body.experts, 0, "round robin")
+        chosen[::2, 0] = stray
+        args, kwargs = Binder(method).unbind(maker(x, chosen, weights))
+        want = body.evaluate(params, rows, chosen, weights, on_input=roles.on_input)
+        loose = 1e-4 if template.dtype in (torch.float32, torch.float64) else 4e-2
+        try:
+            with torch.no_grad():
+                got = method(*args, **kwargs).reshape(want.shape).float()
+        except Exception:  # the user's code may refuse such an id in any way
+            left_out.append(False)
+        else:
+            # A token that lost its only expert is zero in both.
+            asked = want.norm(dim=-1) > 0
+            left_out.append(bool((got[~asked] == 0).all()) and near(got[asked], want[asked], loose))
+    return Ids(-1 if left_out[0] else 0, body.experts - (0 if left_out[1] else 1))

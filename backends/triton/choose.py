@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 
 from moec.backends.triton.gpu import GpuFacts
+from moec.backends.triton.shipped import Point, nearest
 
 GEMV = "gemv"
 TILES = "tiles"
 PERSISTENT = "persistent"
 SHARING = 1.15
-"""Pairs per hit expert from which reading each expert once for all its rows pays."""
+"""Pairs per hit expert from which reading each expert once for all its rows always pays."""
+GROUPING_BYTES = 18e6
+"""What a GPU reads in the time that grouping and summing take, about 6 us."""
 
 
 class Rows(NamedTuple):
@@ -41,8 +44,6 @@ class Tile(NamedTuple):
     """Whether the loops over tiles and steps become one, which loads the next tile's first steps ahead."""
     per_processor: int = 1
     """Persistent programs on each multiprocessor; one's epilogue then hides behind another's products."""
-    gathered: bool = False
-    """Whether tokens' rows are first copied into the experts' order, so that TMA can read them (first product)."""
 
 
 class Plan(NamedTuple):
@@ -60,12 +61,7 @@ class Plan(NamedTuple):
 def _short(part: Rows | Tile) -> str:
     if isinstance(part, Rows):
         return f"{part.rows}x{part.inputs} w{part.warps}"
-    more = (
-        f" g{part.group}"
-        + " flat" * part.flatten
-        + " gathered" * part.gathered
-        + (f" x{part.per_processor}" if part.per_processor > 1 else "")
-    )
+    more = f" g{part.group}" + " flat" * part.flatten + (f" x{part.per_processor}" if part.per_processor > 1 else "")
     return f"{part.bm}x{part.bn}x{part.bk} w{part.warps} s{part.stages}{more}"
 
 
@@ -93,16 +89,41 @@ def expected_hit(tokens: int, k: int, experts: int) -> float:
 
 
 def choose(shape: Shape, tokens: int, k: int, facts: GpuFacts) -> Plan:
-    """The plan for T tokens with K experts each."""
+    """The plan for T tokens with K experts each: a measured one if the shape is near one, else a reckoned one."""
     pairs = max(tokens * k, 1)
-    hit = max(expected_hit(tokens, k, shape.experts), 1.0)
-    if pairs / hit <= SHARING or tokens <= 1:
-        return Plan(GEMV, _rows(shape, shape.turned[0]), _rows(shape, shape.turned[1]))
-    rows = pairs / hit
-    wide = shape.dtype.itemsize == 4
-    if rows >= 24 and shape.tma and facts.hopper and not wide and shape.weights == shape.dtype:
-        return Plan(PERSISTENT, *_persistent_tiles(shape, rows))
-    return Plan(TILES, *_small_tiles(shape, rows, facts))
+    hit = max(expected_hit(max(tokens, 1), k, shape.experts), 1.0)
+    point = Point(shape.gated, pairs / hit, hit, shape.d, shape.f)
+    if repeats_cost_less(shape, pairs, hit):
+        return _rows_plan(shape, point, facts)
+    tma = shape.tma and facts.hopper and shape.dtype.itemsize == 2 and shape.weights == shape.dtype
+    found = None
+    if shape.weights == shape.dtype:
+        paths = (TILES, PERSISTENT) if tma else (TILES,)
+        found = nearest(point, paths, facts.capability, shape.dtype.itemsize)
+    if found is not None:
+        return Plan(found.path, _tile(found.first), _tile(found.second), "shipped")
+    if point.rows >= 24 and tma:
+        return Plan(PERSISTENT, *_persistent_tiles(shape, point.rows))
+    return Plan(TILES, *_small_tiles(shape, point.rows, facts))
+
+
+def _tile(numbers: tuple[int, ...]) -> Tile:
+    bm, bn, bk, warps, stages, group, flatten, per_processor = numbers
+    return Tile(bm, bn, bk, warps, stages, group, bool(flatten), per_processor)
+
+
+def repeats_cost_less(shape: Shape, pairs: int, hit: float) -> bool:
+    """Whether reading an expert again for each of its rows takes less time than grouping the rows would."""
+    matrices = 3 if shape.gated else 2
+    again = (pairs - hit) * matrices * shape.d * shape.f * shape.weights.itemsize
+    return pairs / hit <= SHARING and again <= GROUPING_BYTES
+
+
+def _rows_plan(shape: Shape, point: Point, facts: GpuFacts) -> Plan:
+    found = nearest(point, (GEMV,), facts.capability, shape.weights.itemsize)
+    if found is not None and not any(shape.turned):
+        return Plan(GEMV, Rows(*found.first), Rows(*found.second), "shipped")
+    return Plan(GEMV, _rows(shape, shape.turned[0]), _rows(shape, shape.turned[1]))
 
 
 def _rows(shape: Shape, turned: bool) -> Rows:
@@ -112,25 +133,29 @@ def _rows(shape: Shape, turned: bool) -> Rows:
 
 
 def _persistent_tiles(shape: Shape, rows: float) -> tuple[Tile, Tile]:
-    bm = 64 if rows < 80 else 128
-    warps = 4 if bm == 64 else 8
-    first = Tile(bm, 128, 64, warps, 3) if shape.gated else Tile(bm, 256 if bm == 128 else 128, 64, warps, 3)
-    return first, Tile(bm, 256 if bm == 128 else 128, 64, warps, 3)
+    double = 1 if shape.gated else 2
+    if rows < 48:
+        return Tile(64, 64 * double, 128, 4, 3), Tile(64, 128, 128, 4, 4)
+    return Tile(128, 128 * double, 64, 8, 4, 16, flatten=True), Tile(128, 256, 64, 8, 3, 16)
 
 
 def _small_tiles(shape: Shape, rows: float, facts: GpuFacts) -> tuple[Tile, Tile]:
-    bm = 16
-    while bm < 64 and bm < rows * 1.5:
-        bm *= 2
+    """Deep steps for few rows, where weights stream; wider tiles for more, where they are used again."""
+    double = 1 if shape.gated else 2
     size = shape.dtype.itemsize
-    if rows >= 64:
-        first = Tile(64, 64, 128 // size, 4, 3)
-        return first, Tile(64, 128 if size == 2 else 64, 128 // size, 4, 3)
-    bk = 256 // size
-    stages = _stages(bm, 64, bk, size, facts)
-    return Tile(bm, 32 if shape.gated else 64, bk, 4, stages), Tile(bm, 64, bk, 4, stages)
+    if rows <= 8:
+        first, second = Tile(16, 32 * double, 512 // size, 4, 3), Tile(16, 64, 256 // size, 4, 4)
+    elif rows <= 24:
+        first, second = Tile(32, 64 * double, 256 // size, 4, 3), Tile(32, 128, 256 // size, 4, 3)
+    else:
+        first, second = Tile(64, 64 * double, 128 // size, 4, 3), Tile(64, 128, 128 // size, 4, 3)
+    return _fit(first, 2 if shape.gated else 1, size, facts), _fit(second, 1, size, facts)
 
 
-def _stages(bm: int, bn: int, bk: int, size: int, facts: GpuFacts) -> int:
-    """As deep as leaves room for two programs on a multiprocessor, 2 to 4."""
-    return max(2, min(4, facts.shared_bytes // 2 // ((bm + bn) * bk * size)))
+def _fit(tile: Tile, matrices: int, size: int, facts: GpuFacts) -> Tile:
+    """The tile with as many stages, then as deep steps, as shared memory holds."""
+    step = (tile.bm + matrices * tile.bn) * tile.bk * size
+    stages = min(tile.stages, facts.shared_bytes // step)
+    if stages >= 2:
+        return tile._replace(stages=stages)
+    return _fit(tile._replace(bk=tile.bk // 2), matrices, size, facts)

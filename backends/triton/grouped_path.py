@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -15,11 +14,12 @@ import triton
 from moec.backends.triton.choose import PERSISTENT, Plan, Tile
 from moec.backends.triton.kernels import group
 from moec.backends.triton.kernels.combine import clear_rows, combine
+from moec.backends.triton.launch import current_stream
 from moec.backends.triton.products import persistent_products, tile_products
 from moec.backends.triton.site import Site, cdiv
 
 
-def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[[torch.Tensor, Any, torch.Tensor], None]:
+def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[..., None]:
     """ids, valid, meta -> meta filled, in one launch for few pairs and three for many."""
     experts, k = site.layer.experts, site.k
     pairs, pdl = tokens * k, site.pdl
@@ -32,8 +32,8 @@ def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[[torch.T
         small = site.launch(group.group_small, common | more | sizes, pdl=False)
         grid = (1 + cdiv(pairs, group.LANE_PAIRS), 1, 1)
 
-        def run_small(ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
-            small(grid, ids, valid, meta, pairs, rows, most)
+        def run_small(stream: int, ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
+            small(stream, grid, ids, valid, meta, pairs, rows, most)
 
         return run_small
     bins = triton.next_power_of_2(experts + 1)
@@ -49,28 +49,28 @@ def grouping(site: Site, tokens: int, rows: int, most: int) -> Callable[[torch.T
         pdl=pdl,
     )
 
-    def run_chunks(ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
+    def run_chunks(stream: int, ids: torch.Tensor, valid: torch.Tensor | None, meta: torch.Tensor) -> None:
         counts = meta.new_empty((chunks + 1) * bins)
         totals = counts[chunks * bins :]
-        count((chunks, 1, 1), ids, valid, counts, pairs)
-        total((bins // min(bins, 8), 1, 1), counts, totals, chunks)
-        place((1 + chunks, 1, 1), ids, valid, counts, totals, meta, pairs, rows, most)
+        count(stream, (chunks, 1, 1), ids, valid, counts, pairs)
+        total(stream, (bins // min(bins, 8), 1, 1), counts, totals, chunks)
+        place(stream, (1 + chunks, 1, 1), ids, valid, counts, totals, meta, pairs, rows, most)
 
     return run_chunks
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedRun:
-    """The four steps of a call; each works on the current stream."""
+    """The four steps of a call; each takes the current stream first."""
 
     arrange: Callable[..., None]
-    """ids, valid, meta: fills meta."""
+    """stream, ids, valid, meta: fills meta."""
     first: Callable[..., None]
-    """x, meta, h: fills h[P, F]."""
+    """stream, x, meta, h: fills h[P, F]."""
     second: Callable[..., None]
-    """h, meta, weights, y: fills y[P, O]."""
+    """stream, h, meta, weights, y: fills y[P, O]."""
     last: Callable[..., None]
-    """y, ids, valid, out: fills out[T, O]."""
+    """stream, y, ids, valid, out: fills out[T, O]."""
     meta_size: int
     h_size: tuple[int, int]
     y_size: tuple[int, int] | None
@@ -87,10 +87,11 @@ class GroupedRun:
         meta = torch.empty(self.meta_size, dtype=torch.int32, device=x.device)
         h = x.new_empty(self.h_size)
         y = out if self.y_size is None else x.new_empty(self.y_size)
-        self.arrange(ids, valid, meta)
-        self.first(x, meta, h)
-        self.second(h, meta, weights, y)
-        self.last(y, ids, valid, out)
+        stream = current_stream(x.device)
+        self.arrange(stream, ids, valid, meta)
+        self.first(stream, x, meta, h)
+        self.second(stream, h, meta, weights, y)
+        self.last(stream, y, ids, valid, out)
 
 
 def grouped_run(site: Site, plan: Plan, tokens: int) -> GroupedRun:
@@ -125,8 +126,8 @@ def summing(site: Site, tokens: int) -> Callable[..., None]:
     last = site.launch(combine, constants | {"BT": 1, "BO": bo, "PDL": site.pdl}, pdl=site.pdl)
     grid = (cdiv(layer.o, bo), tokens, 1)
 
-    def run(y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
-        last(grid, y, ids, valid, out, tokens)
+    def run(stream: int, y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
+        last(stream, grid, y, ids, valid, out, tokens)
 
     return run
 
@@ -137,8 +138,8 @@ def clearing(site: Site, tokens: int) -> Callable[..., None]:
     clear = site.launch(clear_rows, constants | {"PDL": site.pdl}, pdl=site.pdl)
     grid = (cdiv(tokens, 128), 1, 1)
 
-    def run(y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
+    def run(stream: int, y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
         del y
-        clear(grid, ids, valid, out, tokens)
+        clear(stream, grid, ids, valid, out, tokens)
 
     return run

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 
@@ -23,13 +23,39 @@ class Launch:
         names = kernel.arg_names
         assert names[-len(constants) :] == list(constants), f"constants of {kernel} in another order"
         self._tail = tuple(constants.values())
-        self._compiled: Callable[[tuple[int, int, int]], Callable[..., None]] | None = None
+        self._compiled: Any = None
 
-    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
-        """Launch on the current stream; compiles the first time."""
-        if self._compiled is not None:
-            self._compiled(grid)(*args, *self._tail)
+    def __call__(self, stream: int, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch on a stream, which is the current one; compiles the first time."""
+        compiled = self._compiled
+        if compiled is not None:
+            # What `compiled[grid](*args)` does, less looking up device and stream, which takes longer than the rest.
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*grid, stream, function, metadata, None, None, None, *args, *self._tail)
             return
+        args = tuple(arg.tensor if isinstance(arg, Fixed) else arg for arg in args)
         found = self.kernel[grid](*args, **self.constants, **self.options)
         if isinstance(found, triton.compiler.CompiledKernel):
-            self._compiled = found.__getitem__
+            self._compiled = found
+
+
+class Fixed(int):
+    """The address of a tensor that stays where it is: cheaper to pass than the tensor."""
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def at(cls, tensor: torch.Tensor | None) -> Fixed | None:
+        """The address of a tensor, or None for none."""
+        if tensor is None:
+            return None
+        fixed = cls(tensor.data_ptr())
+        fixed.tensor = tensor
+        return fixed
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    return int(triton.runtime.driver.active.get_current_stream(device.index))

@@ -13,7 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moec.backends.triton.choose import Tile
 from moec.backends.triton.kernels import persistent, tiles
-from moec.backends.triton.kernels.gather import gather_rows
 from moec.backends.triton.operands import Stored
 from moec.backends.triton.site import Site, base, cdiv, matrix, vector, vectors
 
@@ -56,11 +55,13 @@ def tile_products(site: Site, one: Tile, two: Tile, most: int, at: int) -> Produ
     grid = (most * cdiv(layer.f, one.bn), 1, 1)
     grid_out = (most * cdiv(layer.o, two.bn), 1, 1)
 
-    def run_first(x: torch.Tensor, meta: torch.Tensor, h: torch.Tensor) -> None:
-        first(grid, x, meta, *in_bases, h, most)
+    def run_first(stream: int, x: torch.Tensor, meta: torch.Tensor, h: torch.Tensor) -> None:
+        first(stream, grid, x, meta, *in_bases, h, most)
 
-    def run_second(h: torch.Tensor, meta: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor) -> None:
-        second(grid_out, h, meta, weights, *out_bases, y, most)
+    def run_second(
+        stream: int, h: torch.Tensor, meta: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor
+    ) -> None:
+        second(stream, grid_out, h, meta, weights, *out_bases, y, most)
 
     return run_first, run_second
 
@@ -110,7 +111,7 @@ def persistent_products(site: Site, one: Tile, two: Tile, most: int, at: int) ->
         | layer.activation
         | {"HAS_BIAS": flags["HAS_BIAS"], "PRECISION": site.precision}
         | {"BM": one.bm, "BN": one.bn, "BK": one.bk, "GROUP": one.group}
-        | {"PROGRAMS": programs, "FLATTEN": one.flatten, "BY_TMA": one.gathered, "PDL": site.pdl},
+        | {"PROGRAMS": programs, "FLATTEN": one.flatten, "PDL": site.pdl},
         warps=one.warps,
         stages=one.stages,
         pdl=site.pdl,
@@ -128,34 +129,16 @@ def persistent_products(site: Site, one: Tile, two: Tile, most: int, at: int) ->
         pdl=site.pdl,
     )
     down_at = descriptor(down.w, two.bn, two.bk)
-    gather = gathering(site, most, at)
     b_gate, b_up, b_down = base(gate.b), base(up.b), base(down.b)
     grid, grid_out = (programs, 1, 1), (programs_out, 1, 1)
 
-    def run_first(x: torch.Tensor, meta: torch.Tensor, h: torch.Tensor) -> None:
-        if one.gathered:
-            rows = gather(x, meta, h.shape[0])
-            x_at = TensorDescriptor(rows, rows.shape, rows.stride(), [one.bm, one.bk])
-        else:
-            x_at = x
-        first(grid, x_at, meta, gate_at, up_at, b_gate, b_up, h, most)
+    def run_first(stream: int, x: torch.Tensor, meta: torch.Tensor, h: torch.Tensor) -> None:
+        first(stream, grid, x, meta, gate_at, up_at, b_gate, b_up, h, most)
 
-    def run_second(h: torch.Tensor, meta: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor) -> None:
+    def run_second(
+        stream: int, h: torch.Tensor, meta: torch.Tensor, weights: torch.Tensor | None, y: torch.Tensor
+    ) -> None:
         h_at = TensorDescriptor(h, h.shape, h.stride(), [two.bm, two.bk]) if by_tma else h
-        second(grid_out, h_at, meta, weights, down_at, b_down, y, most)
+        second(stream, grid_out, h_at, meta, weights, down_at, b_down, y, most)
 
     return run_first, run_second
-
-
-def gathering(site: Site, most: int, at: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
-    """x[T, D], meta, P -> [P, D] in the order of meta."""
-    layer = site.layer
-    constants = {"K": site.k, "E": layer.experts, "D": layer.d, "AT": at, "BR": 8, "BD": 512, "PDL": site.pdl}
-    copy = site.launch(gather_rows, constants, pdl=site.pdl)
-
-    def run(x: torch.Tensor, meta: torch.Tensor, pairs: int) -> torch.Tensor:
-        rows = x.new_empty((pairs, layer.d))
-        copy((cdiv(layer.d, 512), cdiv(pairs, 8), 1), x, meta, rows, most)
-        return rows
-
-    return run

@@ -9,6 +9,7 @@ import torch
 
 from moec.backends.triton.choose import Plan, Rows
 from moec.backends.triton.kernels import gemv
+from moec.backends.triton.launch import current_stream
 from moec.backends.triton.site import Run, Site, base, cdiv, matrix, vectors
 
 
@@ -57,7 +58,8 @@ def gemv_run(site: Site, plan: Plan, tokens: int) -> Run:
         out: torch.Tensor,
     ) -> None:
         h = x.new_empty(size)
-        first(grid, x, ids, valid, *in_bases, h, tokens)
-        second(grid_out, h, ids, weights, valid, *out_bases, out, tokens)
+        stream = current_stream(x.device)
+        first(stream, grid, x, ids, valid, *in_bases, h, tokens)
+        second(stream, grid_out, h, ids, weights, valid, *out_bases, out, tokens)
 
     return run

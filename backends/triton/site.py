@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 
 from moec.backends.triton.gpu import GpuFacts
-from moec.backends.triton.launch import Launch
+from moec.backends.triton.launch import Fixed, Launch
 from moec.backends.triton.operands import Product, Stored
 from moec.backends.triton.spec import Layer
 
@@ -87,9 +87,9 @@ def vector(v: Stored | None, letter: str) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def base(part: Stored | None) -> torch.Tensor | None:
+def base(part: Stored | None) -> Fixed | None:
     """What a kernel gets for a part that may be absent."""
-    return None if part is None else part.base
+    return None if part is None else Fixed.at(part.base)
 
 
 def vectors(product: Product) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from moec.backends.triton.choose import GEMV, PERSISTENT, TILES, Plan, Rows, Tile
 from moec.backends.triton.grouped_path import GroupedRun
+from moec.backends.triton.launch import current_stream
 from moec.backends.triton.operands import Operands
 from moec.backends.triton.prepare import Prepared, prepare
 from moec.ir import Builder, ExpertFfn, Tensor
@@ -219,11 +220,11 @@ def tiles_to_try(setup: Setup, tokens: int) -> Iterable[tuple[str, list[Tile], l
         one = [
             Tile(128, 128 * narrow, 64, 8, 4, 16),
             Tile(128, 128 * narrow, 64, 8, 4, 16, flatten=True),
-            Tile(128, 128 * narrow, 64, 8, 4, 16, gathered=True),
-            Tile(128, 128 * narrow, 64, 8, 4, 16, flatten=True, gathered=True),
+            Tile(128, 128 * narrow, 64, 8, 4, 16),
+            Tile(128, 128 * narrow, 64, 8, 4, 16, flatten=True),
             Tile(128, 64 * narrow, 64, 4, 3, 8, per_processor=2),
             Tile(128, 64 * narrow, 64, 8, 3, 8, per_processor=2),
-            Tile(128, 64 * narrow, 64, 4, 3, 16, per_processor=2, gathered=True),
+            Tile(128, 64 * narrow, 64, 4, 3, 16, per_processor=2),
             Tile(128, 64 * narrow, 64, 4, 3, 8, flatten=True, per_processor=2),
         ]
         two = [
@@ -311,12 +312,13 @@ class Sweep:
         meta = torch.empty(run.meta_size, dtype=torch.int32, device="cuda")
         h, out = x.new_empty(run.h_size), torch.empty_like(x)
         y = out if run.y_size is None else x.new_empty(run.y_size)
-        run.arrange(ids, None, meta)
+        stream = current_stream(x.device)
+        run.arrange(stream, ids, None, meta)
         return {
-            "arrange": lambda: run.arrange(ids, None, meta),
-            "first": lambda: run.first(x, meta, h),
-            "second": lambda: run.second(h, meta, weights, y),
-            "last": lambda: run.last(y, ids, None, out),
+            "arrange": lambda: run.arrange(current_stream(x.device), ids, None, meta),
+            "first": lambda: run.first(current_stream(x.device), x, meta, h),
+            "second": lambda: run.second(current_stream(x.device), h, meta, weights, y),
+            "last": lambda: run.last(current_stream(x.device), y, ids, None, out),
         }
 
 

@@ -24,15 +24,12 @@ def load_block(weights, e, n, c, BN: tl.constexpr, BK: tl.constexpr, TURNED: tl.
 
 
 @triton.jit
-def load_rows(x, real, top, start, c, D: tl.constexpr, BK: tl.constexpr, BY_TMA: tl.constexpr):
-    """A step's inputs of a tile's rows, [BM, BK]: from a descriptor, or from the rows' addresses."""
-    if BY_TMA:
-        a = x.load([top, start])
-    elif D % BK == 0:
-        a = tl.load(x + start, mask=real[:, None], other=0.0)
-    else:
-        a = tl.load(x + start, mask=real[:, None] & (c < D - start)[None, :], other=0.0)
-    return a
+def load_rows(at, real, inside, EVEN: tl.constexpr):
+    """A step's inputs of a tile's rows, [BM, BK]; `inside` says which inputs there are where they are not EVEN."""
+    mask = real[:, None]
+    if not EVEN:
+        mask = mask & inside[None, :]
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["most"])
@@ -45,12 +42,11 @@ def persistent_in(
                   AFTER: tl.constexpr, SHIFT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
                   PRECISION: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-                  FLATTEN: tl.constexpr, BY_TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  FLATTEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x[T, D] -> h[P, F] in the order of `meta`: gate, up and activation. Grid: PROGRAMS.
 
     With JOINT `gate` is one descriptor over [E, 2, F, D] of both (SWAPPED: up first): one load and one product, twice
-    as wide, do for both. `up` is then not read. With BY_TMA x is a descriptor of rows already in the order of `meta`; a
-    tile's last rows may then be the next expert's, which are not stored.
+    as wide, do for both. `up` is then not read.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -61,18 +57,15 @@ def persistent_in(
     for place in tl.range(tl.program_id(0), tiles * COLUMNS, PROGRAMS, flatten=FLATTEN):
         tile, block = place_of(place, tiles, COLUMNS, GROUP)
         e = tl.load(meta + AT + tile)
-        top = tl.load(meta + AT + most + tile)
-        row = top + tl.arange(0, BM)
+        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
         real = row < tl.load(meta + 5 + e)
-        x_at = x
-        if not BY_TMA:
-            pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
-            x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
+        pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
+        x_at = x + (pair // K).to(tl.int64)[:, None] * D + c[None, :]
         first = block * BN
         if JOINT:
             both = tl.zeros([BM, 2 * BN], dtype=tl.float32)
             for start in tl.range(0, D, BK):
-                a = load_rows(x_at, real, top, start, c, D, BK, BY_TMA)
+                a = load_rows(x_at + start, real, c < D - start, D % BK == 0)
                 w = gate.load([e, 0, first, start]).reshape(2 * BN, BK).T
                 both = dot(a, w, both, PRECISION)
             g, u = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
@@ -82,7 +75,7 @@ def persistent_in(
             g = tl.zeros([BM, BN], dtype=tl.float32)
             u = tl.zeros([BM, BN], dtype=tl.float32)
             for start in tl.range(0, D, BK):
-                a = load_rows(x_at, real, top, start, c, D, BK, BY_TMA)
+                a = load_rows(x_at + start, real, c < D - start, D % BK == 0)
                 g = dot(a, load_block(gate, e, first, start, BN, BK, TURNED), g, PRECISION)
                 if GATED:
                     u = dot(a, load_block(up, e, first, start, BN, BK, TURNED), u, PRECISION)

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moec.backends.triton.gpu import GpuFacts
-from moec.backends.triton.launch import Launch
+from moec.backends.triton.launch import Fixed, Launch
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -36,6 +36,7 @@ def source_of(launch: Launch, args: tuple[Any, ...]) -> ASTSource:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+    args = tuple(arg.tensor if isinstance(arg, Fixed) else arg for arg in args)
     for i, (param, value) in enumerate(zip(kernel.params, (*args, *launch.constants.values()), strict=True)):
         if param.is_constexpr or value is None:
             signature[param.name] = "constexpr"

@@ -36,10 +36,10 @@ test: $(STAMP) ## the tests, without the long matrices
 test-all: $(STAMP) ## the tests with the long matrices
 	$(PYTEST) $(PYTEST_ARGS)
 
-# The oldest Triton that pyproject.toml allows, beside the environment and in front of it.
+# The oldest Triton that pyproject.toml allows, in front of the environment; its interpreter needs a numpy of its time.
 OLDEST := .oldest
 $(OLDEST)/.installed: pyproject.toml
-	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) $(PIP_ARGS) triton==3.6.0
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) $(PIP_ARGS) triton==3.6.0 numpy==2.3.5
 	@touch $@
 
 test-oldest: $(STAMP) $(OLDEST)/.installed ## the kernels under the oldest Triton

@@ -17,13 +17,12 @@ OpaqueGraph = Callable[..., "tuple[torch.Tensor, ...]"]
 
 # Where each back end lives; a module is imported when its back end is first asked for.
 BACKENDS: Mapping[str, str] = {
+    "onnxruntime": "moec.backends.onnx",
     "reference": "moec.backends.reference",
     "triton": "moec.backends.triton",
 }
 # Names that get a better answer than "unknown".
-PLANNED: Mapping[str, str] = {
-    "onnxruntime": "the ONNX Runtime back end does not exist yet",
-}
+PLANNED: Mapping[str, str] = {}
 
 
 class Weights(Protocol):

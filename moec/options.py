@@ -13,7 +13,7 @@ BACKENDS: dict[str, str | None] = {
     "auto": None,
     "reference": None,
     "triton": None,
-    "onnxruntime": "the ONNX Runtime back end does not exist yet",
+    "onnxruntime": None,
 }
 MODES: dict[str, str | None] = {
     "default": None,
@@ -37,7 +37,7 @@ class Options:
     """What moec.compile may do. Make one with Options.make, which checks every value."""
 
     backend: str = "auto"
-    """Who runs the compiled layers: "auto", "triton" or "reference"."""
+    """Who runs the compiled layers: "auto", "triton", "onnxruntime" or "reference"."""
     quantize: str | None = None
     """"int8": weight-only int8, one scale per output channel and expert. Changes results."""
     mode: str = "default"

@@ -29,14 +29,14 @@ def refused(code: str, call: Any, *args: Any, **kwargs: Any) -> MoecError:
 def test_unknown_back_ends() -> None:
     error = refused("MOEC401", load_backend, "refrence")
     assert str(error) == '[MOEC401] unknown back end "refrence"\n  hint: did you mean "reference"?'
-    assert refused("MOEC401", load_backend, "cuda").hint == "one of reference, triton"
+    assert refused("MOEC401", load_backend, "cuda").hint == "one of onnxruntime, reference, triton"
 
 
 @pytest.mark.parametrize("name", sorted(PLANNED))
 def test_back_ends_that_do_not_exist_yet(name: str) -> None:
     error = refused("MOEC402", load_backend, name)
     assert error.message.endswith("does not exist yet")
-    assert error.hint == "one of reference, triton"
+    assert error.hint == "one of onnxruntime, reference, triton"
     assert name not in BACKENDS
 
 

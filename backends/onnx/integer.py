@@ -1,0 +1,85 @@
+"""Products of int8 weights with rows that are rounded to int8 as they come: what `--quantize int8` runs.
+
+R rows, C inputs, N outputs, E experts. Every row has a scale of its own, so a token's result does not depend on the
+others. Rows are sent as uint8 around 128, because ONNX Runtime has no fast product of signed with signed on x86.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.backends.onnx.emitter import Emitter
+from moec.backends.onnx.lowering import Groups, Lowering
+from moec.ir import Value
+
+
+def quantize(emit: Emitter, x: Any) -> tuple[Any, Any]:
+    """x[..., C] f32 -> whole numbers in -127..127 as f32 [..., C], scale f32[..., 1]: symmetric, half to even."""
+    most = emit.op("ReduceMax", emit.op("Abs", x), emit.ints(-1), keepdims=1)
+    zero = emit.op("Equal", most, emit.scalar(0, "f32"))
+    # Only a row of zeros has no scale of its own.
+    scale = emit.op("Where", zero, emit.scalar(1, "f32"), emit.op("Div", most, emit.scalar(127, "f32")), name="scale")
+    # A row with a not-a-number has none as its scale either, which ReduceMax may overlook; 0 is added to all others.
+    sums = emit.op("ReduceL1", x, emit.ints(-1), keepdims=1)
+    scale = emit.op("Add", scale, emit.op("Mul", sums, emit.scalar(0, "f32")))
+    return emit.op("Round", emit.op("Div", x, scale), name="rounded"), scale
+
+
+def as_bytes(emit: Emitter, q: Any) -> Any:
+    """Whole numbers in -127..127 as uint8 around 128."""
+    return emit.op("Cast", emit.op("Add", q, emit.scalar(128, "f32")), to=UINT8, name="bytes")
+
+
+UINT8 = 2
+
+
+def _product(low: Lowering, rows: Any, matrix: torch.Tensor, scale: torch.Tensor, name: str) -> Any:
+    """rows uint8[R, C], i8[N, C], f32[N] -> f32[R, N], without the rows' scales."""
+    emit = low.emit
+    w = emit.tensor(f"{name}.weight", matrix.T)
+    middle = emit.constant(np.array(128, dtype=np.uint8), "middle")
+    sums = emit.cast(emit.op("MatMulInteger", rows, w, middle, name=name), "f32")
+    return emit.op("Mul", sums, emit.tensor(f"{name}.scale", scale))
+
+
+def grouped_integer(low: Lowering, rows: Any, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
+    """rows f32[R, C] sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
+    from moec.backends.onnx.products import parted, together  # which chooses between this and exact products
+
+    emit = low.emit
+    experts, outputs = w.type.shape[0].constant or 0, w.type.shape[1].constant or 0
+    q, factors = quantize(emit, rows)
+    parts = parted(low, as_bytes(emit, q), groups, experts)
+    found = [_product(low, parts[e], low.matrix(w, e), low.matrix(scale, e), f"expert_{e}") for e in range(experts)]
+    sums = emit.op("Mul", together(low, found, groups, outputs, "f32"), factors)
+    return sums if b is None else emit.op("Add", sums, _biases(low, b, groups, experts))
+
+
+def _biases(low: Lowering, b: Value, groups: Groups, experts: int) -> Any:
+    """b[E, N] -> the bias of each row, f32[R, N]; none for rows of no expert."""
+    emit = low.emit
+    every = low.wide(b)
+    every = emit.cast(every, "f32") if b.type.dtype == "f64" else every
+    if groups.left_out is not None:
+        every = emit.op("Concat", every, emit.full(0, "f32", 1, b.type.shape[1].constant or 0), axis=0)
+        experts += 1
+    # Row r belongs to the expert whose part it is in: as many as end at or before r.
+    ends = emit.op("CumSum", groups.counts, emit.number(0))
+    total = emit.op("ReduceSum", groups.counts, emit.ints(0), keepdims=0)
+    places = emit.op("Unsqueeze", emit.range(total), emit.ints(1))
+    before = emit.cast(emit.op("LessOrEqual", emit.op("Unsqueeze", ends, emit.ints(0)), places), "i64")
+    return emit.op("Gather", every, emit.op("ReduceSum", before, emit.ints(1), keepdims=0), axis=0)
+
+
+def integer_linear(low: Lowering, x: Any, w: Value, b: Value | None, scale: Value) -> Any:
+    """x f32[..., C], w i8[N, C] -> f32[..., N]."""
+    from moec.backends.reference.joined import whole
+
+    emit = low.emit
+    q, factors = quantize(emit, x)
+    sums = _product(low, as_bytes(emit, q), whole(low.held[w.name]), whole(low.held[scale.name]), "product")
+    found = emit.op("Mul", sums, factors)
+    return found if b is None else emit.op("Add", found, low.wide(b))

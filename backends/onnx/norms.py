@@ -1,0 +1,46 @@
+"""Normalisation of rows as ONNX nodes. R rows, E experts, D width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.backends.onnx.grouping import groups_of
+from moec.backends.onnx.lowering import Lowering, wide_dtype
+from moec.backends.onnx.products import parted, together
+from moec.ir import Norm, Value
+
+
+def norm(op: Norm, low: Lowering) -> list[Any]:
+    emit, kind = low.emit, wide_dtype(op.x.type.dtype)
+    y = low.wide(op.x)
+    if op.kind == "layer":
+        y = emit.op("Sub", y, emit.op("ReduceMean", y, emit.ints(-1), keepdims=1))
+    mean = emit.op("ReduceMean", emit.op("Mul", y, y), emit.ints(-1), keepdims=1)
+    y = emit.op("Div", y, emit.op("Sqrt", emit.op("Add", mean, emit.scalar(op.eps, kind))))
+    if op.offsets is None:
+        w = None if op.w is None else _as(low, low.value(op.w), op.w, kind)
+        b = None if op.b is None else _as(low, low.value(op.b), op.b, kind)
+        return [low.rounded(_shift(op, low, y, w, b, kind), op.x.type.dtype)]
+    one = op.w or op.b
+    assert one is not None
+    experts, width = one.type.shape[0].constant or 0, one.type.shape[1].constant or 0
+    groups = groups_of(low, y, op.offsets, experts)
+    parts = parted(low, y, groups, experts)
+    found = []
+    for e in range(experts):
+        w = None if op.w is None else _as(low, low.expert(op.w, e), op.w, kind)
+        b = None if op.b is None else _as(low, low.expert(op.b, e), op.b, kind)
+        found.append(_shift(op, low, parts[e], w, b, kind))
+    return [low.rounded(together(low, found, groups, width, kind), op.x.type.dtype)]
+
+
+def _as(low: Lowering, found: Any, value: Value, kind: str) -> Any:
+    return found if value.type.dtype == kind else low.emit.cast(found, kind)
+
+
+def _shift(op: Norm, low: Lowering, y: Any, w: Any | None, b: Any | None, kind: str) -> Any:
+    emit = low.emit
+    if w is not None:
+        w = w if op.w_shift == 0 else emit.op("Add", w, emit.scalar(op.w_shift, kind))
+        y = emit.op("Mul", y, w)
+    return y if b is None else emit.op("Add", y, b)

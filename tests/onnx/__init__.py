@@ -1,0 +1,1 @@
+"""Exporting to ONNX, reading ONNX, and the ONNX Runtime back end."""

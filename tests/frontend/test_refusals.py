@@ -240,3 +240,89 @@ def test_inner_layers_of_a_model_whose_inputs_are_unknown() -> None:
         want, got = (m(ids, offset=torch.tensor(3)) for m in (model, fast))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert [(layer.kind, layer.status) for layer in report_of(fast).layers] == [("ffn", "compiled")]
+
+
+class Scaled(LoopList):
+    """Scales the logits by numbers written in the code."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        return weights * torch.tensor([1.0, 2.0]), ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, ids = self.route(rows)
+        out = torch.zeros_like(rows)
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, self.expert(e, rows[token]) * weights[token, slot, None])
+        return out.view_as(x)
+
+
+class Literal(nn.Module):
+    """An FFN whose hidden values meet a tensor written in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.up(x)) * torch.tensor([1.0, 2.0] * 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.hidden(x))
+        return y
+
+
+class Normed(Literal):
+    """An FFN with a norm between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(F.silu(self.up(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "reason"),
+    [
+        (Scaled, "moe", "torch.tensor(...) of shape (2,) that the block's code makes of Python numbers"),
+        (Literal, "ffn", "hidden values are mixed with a torch.tensor(...) of shape (16,)"),
+        (Normed, "ffn", "hidden values are mixed with parameter 'norm.weight' by native_layer_norm"),
+    ],
+)
+def test_what_is_mixed_in_is_named(model: type[nn.Module], kind: str, reason: str) -> None:
+    (layer,) = moec.explain(model().eval()).layers
+    assert (layer.kind, layer.status) == (kind, "left alone")
+    assert reason in layer.reason
+
+
+class WithFFN(nn.Module):
+    """A shared FFN whose matrices lie in the MoE block itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 4), nn.ModuleList(GeluMlp(16, 24) for _ in range(4))
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 16)
+        weights, ids = self.router(rows).softmax(-1).topk(2)
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(rows[token]) * weights[token, slot, None])
+        y: Tensor = out + self.down(F.silu(self.up(rows)))
+        return y.view_as(x)
+
+
+@pytest.mark.parametrize("given", [None, (torch.zeros(2, 5, 16),)])
+def test_an_ffn_beside_the_experts_is_no_layer_of_its_own(given: Any) -> None:
+    model = nn.Sequential(WithFFN(), WithFFN()).eval()
+    report = report_of(moec.compile(model, example_inputs=given))
+    assert str(report).startswith("moec: 2 of 2 layers compiled")
+    assert [(layer.name, layer.kind) for layer in report.layers] == [("0", "moe"), ("1", "moe")]
+    assert sum("the FFN beside the experts" in note for note in report.notes) == 2

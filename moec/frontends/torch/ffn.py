@@ -17,7 +17,7 @@ from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body, build_body
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, fit_roles, steering_reads
-from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.discover import Candidate, is_widening
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
@@ -54,15 +54,20 @@ def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         except ProbeFailed as failure:
             drivers.failed(driver, failure)
             continue
-        pairs = find_pairs(log, params, candidate.weights)
+        mixed: list[str] = []
+        pairs = find_pairs(log, params, candidate.weights, mixed)
+        if not pairs and mixed and is_widening(params[n] for n in candidate.weights):
+            raise NotLifted(mixed[0])
         if not pairs:
             return None
         return [_cut(driver, log, instance, params, candidate) for instance in pairs]
     raise NotRun("could not be run alone; pass example_inputs")
 
 
-def find_pairs(log: Log, params: Mapping[str, torch.Tensor], weights: set[str]) -> list[Instance]:
-    """Instances up -> activation -> down whose ends are equally wide."""
+def find_pairs(
+    log: Log, params: Mapping[str, torch.Tensor], weights: set[str], mixed: list[str] | None = None
+) -> list[Instance]:
+    """Instances up -> activation -> down whose ends are equally wide; `mixed` gets why others are none."""
     linears = LinearFinder(log, dict(params), lambda name: name in weights).find(0, len(log.entries))
     stop = {linear.out: linear.last for linear in linears}
     position = {linear.out: i for i, linear in enumerate(linears)}
@@ -78,7 +83,9 @@ def find_pairs(log: Log, params: Mapping[str, torch.Tensor], weights: set[str]) 
         try:
             check_instance(log, instance)
             activation = _body(log, instance).activation
-        except NotLifted:
+        except NotLifted as reason:
+            if mixed is not None:
+                mixed.append(str(reason))
             continue
         if activation is not None and (activation.gated or activation.fn != "identity"):
             used |= {i, *ups}

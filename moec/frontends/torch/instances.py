@@ -97,7 +97,8 @@ def check_instance(log: Log, instance: Instance) -> None:
                 continue
             if log.param_of(slot) is not None or log.tensors[slot].numel() > 1:
                 name = log.param_of(slot)
-                what = f"parameter {name!r}" if name else f"a tensor of shape {tuple(log.tensors[slot].shape)}"
+                kind = "torch.tensor(...)" if log.is_literal(slot) else "tensor"
+                what = f"parameter {name!r}" if name else f"a {kind} of shape {tuple(log.tensors[slot].shape)}"
                 raise NotLifted(f"hidden values are mixed with {what} by {log.entries[index].name}")
 
 

@@ -195,6 +195,10 @@ class Log:
         """Name of the parameter (or buffer) whose storage the tensor lies in."""
         return self.params.get(self.storages[slot])
 
+    def is_literal(self, slot: int) -> bool:
+        """Whether the tensor is a torch.tensor(...) that the code made of Python numbers."""
+        return any(entry.name == "lift_fresh" and slot in entry.reads for entry in self.entries)
+
     def closure(
         self, wanted: Sequence[tuple[int, int]], stop: Mapping[int, int] | None = None, start: int = 0
     ) -> set[int]:

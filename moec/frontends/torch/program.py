@@ -120,6 +120,11 @@ class Aligned:
         ):
             return tensor.clone()
         shape = tuple(tensor.shape)
+        if self.logs[0].is_literal(same[0]):
+            raise NotLifted(
+                f"{where} reads a torch.tensor(...) of shape {shape} that the block's code makes of Python numbers; "
+                "make it a buffer"
+            )
         raise NotLifted(
             f"{where} reads a tensor of shape {shape} that is neither computed from the input nor a parameter"
         )

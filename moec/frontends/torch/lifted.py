@@ -32,7 +32,6 @@ class Lifted:
     evidence: tuple[str, ...]
     probes: Callable[[], Iterator[Probe]]
     dtype: torch.dtype
-    host: str = ""
 
     @property
     def longest(self) -> int:

@@ -57,9 +57,9 @@ class Slice:
         return tuple(step.path for step in (*self.before, *self.after) if step.path is not None)
 
     @property
-    def text(self) -> str:
-        """The host program, one step a line."""
-        return "\n".join([*(s.text for s in self.before), "experts", *(s.text for s in self.after)])
+    def around(self) -> tuple[str, ...]:
+        """The block's own operations, with "experts" where those are."""
+        return (*(s.text for s in self.before), "experts", *(s.text for s in self.after))
 
 
 def slice_block(

@@ -112,10 +112,9 @@ def slice_at(
         region=_region(site.label or "model", log, solution, body, params),
         views=weight_views(body, site.path, dense=solution.form is None),
         replaced=replaced_by(site, [*(o.log for o in seen), *more], sliced.kept),
-        evidence=tuple(evidence),
+        evidence=(*evidence, f"runs as it is written, around the experts: {', '.join(sliced.around)}"),
         probes=partial(_probes, site, call, body, solution, params, given, reached),
         dtype=log.tensors[solution.x].dtype,
-        host=sliced.text,
     )
 
 

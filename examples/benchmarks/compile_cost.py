@@ -1,0 +1,125 @@
+"""What compiling costs: time and memory for one layer of Mixtral-8x7B's size, and for a model of 48 layers.
+
+Weights are random. Memory is the process's peak while compiling, over what the layer's weights take.
+
+    python examples/benchmarks/compile_cost.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import MixtralConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+import moec
+from moec.environment import machine, versions
+from moec.table import table
+
+
+@dataclass
+class Cost:
+    """One compilation. `peak` is the highest memory as a multiple of the weights; None where the system says nothing."""
+
+    what: str
+    compiled: str
+    seconds: float
+    peak: float | None
+    error: float
+
+
+def mixtral_layer() -> nn.Module:
+    """One sparse block: 8 experts, 2 per token, width 4096, expert width 14336, bf16."""
+    config = MixtralConfig(hidden_size=4096, intermediate_size=14336, num_local_experts=8, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    torch.set_default_dtype(torch.bfloat16)
+    block = MixtralSparseMoeBlock(config).eval()
+    torch.set_default_dtype(torch.float32)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.02)
+    return block
+
+
+def deep_model() -> nn.Module:
+    """48 layers of 128 experts, 8 per token, as Qwen3-30B-A3B has them, with small widths."""
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=128,
+        num_experts_per_tok=8,
+        vocab_size=128,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def resident() -> int | None:
+    """Bytes of memory that this process holds; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return None
+
+
+def measure(what: str, make: Callable[[], nn.Module]) -> Cost:
+    """Compile once, watching memory."""
+    model = make()
+    weights = sum(p.nbytes for p in model.parameters())
+    before, highest = resident(), [0]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            highest[0] = max(highest[0], resident() or 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    report = moec.compile(model).moec.report
+    seconds = time.perf_counter() - start
+    over.set()
+    watcher.join()
+    peak = None if before is None else (highest[0] - before + weights) / weights
+    error = max((layer.max_error or 0.0 for layer in report.compiled), default=float("nan"))
+    return Cost(what, f"{len(report.compiled)} of {len(report.layers)}", seconds, peak, error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    costs = [
+        measure("one layer, E8 k2 D4096 F14336, bf16", mixtral_layer),
+        measure("48 layers, E128 k8 D64 F32, f32", deep_model),
+    ]
+    print(machine(), versions(), sep="\n")
+    rows = [
+        (c.what, c.compiled, f"{c.seconds:.1f}", f"{c.peak:.2f}x" if c.peak else "-", f"{c.error:.1e}") for c in costs
+    ]
+    print(
+        table(
+            ("model", "layers compiled", "seconds", "peak memory", "worst error"),
+            rows,
+            right=("seconds", "peak memory"),
+        )
+    )
+    if arguments.json:
+        facts = {"machine": machine(), "versions": versions()}
+        arguments.json.write_text(json.dumps({**facts, "costs": [asdict(c) for c in costs]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from moec.errors import MoecError
 from moec.frontends.torch.analyse import Analysis, analyse, candidates
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.install import CompiledMethod, drop_own_methods, install, installed, uninstall
+from moec.frontends.torch.remade import Remade
 from moec.frontends.torch.twin import borrowed, closures_over, make_probe, make_twin
 from moec.options import Options
 from moec.progress import progress
@@ -30,7 +31,7 @@ Example = tuple[Any, ...] | Mapping[str, Any] | None
 class Handle:
     """What a compiled model carries as `.moec`: its report, and the options it was compiled with."""
 
-    def __init__(self, report: Report, options: Options, example: Example) -> None:
+    def __init__(self, report: Report, options: Options, example: Remade) -> None:
         self.report, self.options, self.example = report, options, example
         # The parameters shared with the original, to notice when load_state_dict(assign=True) replaces them.
         self.shared: dict[str, int] = {}
@@ -44,7 +45,7 @@ class Handle:
         report = Report(
             notes=["this model was pickled: its layers run their original code until moec.compile is called again"]
         )
-        return Handle, (report, self.options, None)
+        return Handle, (report, self.options, Remade(None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         copied = Handle(self.report, self.options, self.example)
@@ -87,11 +88,11 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     report.notes += _sharing_notes(model, target)
     for method in methods:
         install(method)
-    handle = target.__dict__["moec"] = Handle(report, chosen, example_inputs)
+    handle = target.__dict__["moec"] = Handle(report, chosen, Remade(example_inputs))
     if target is not model:
         handle.shared = {name: id(p) for name, p in target.named_parameters()}
         handle.watch = target.register_load_state_dict_post_hook(_note_assignment)
-    report.measurer = _measurer(weakref.ref(target), example_inputs, report)
+    report.measurer = _measurer(weakref.ref(target), handle.example, report)
     if chosen.measure:
         report.measure()
     return target
@@ -154,7 +155,7 @@ def refresh(model: nn.Module) -> nn.Module:
             method.ready().refresh()  # type: ignore[attr-defined]
         return model
     options = {**{k: getattr(handle.options, k) for k in Options.__dataclass_fields__}, "inplace": True}
-    compile(model, example_inputs=handle.example, **options)
+    compile(model, example_inputs=handle.example.make(), **options)
     return model
 
 
@@ -278,7 +279,7 @@ def _whole_model_error(
     finally:
         for method in methods:
             uninstall(method)
-            method.layer.fallbacks = 0
+            method.layer.fallbacks, method.layer.fallback_reasons = 0, {}
     return compare_results(result, found.result).l2
 
 
@@ -291,7 +292,7 @@ def _sharing_notes(model: nn.Module, target: nn.Module) -> list[str]:
 
 
 def _measurer(
-    target: Callable[[], nn.Module | None], example: Example, report: Report
+    target: Callable[[], nn.Module | None], example: Remade, report: Report
 ) -> Callable[[Sequence[int]], None]:
     def measure(tokens: Sequence[int]) -> None:
         from moec.bench import measure_report
@@ -300,6 +301,6 @@ def _measurer(
         if after is None:
             raise MoecError("MOEC504", "the compiled model is gone", hint="keep the model that moec.compile returned")
         before = restore(make_twin(after))
-        measure_report(before, after, report, tokens, example)
+        measure_report(before, after, report, tokens, example.make())
 
     return measure

@@ -34,6 +34,8 @@ class LayerReport:
     passes: tuple[str, ...] = ()
     fallbacks: int = 0
     """Calls that went to the original forward since compilation."""
+    fallback_reasons: dict[str, int] = field(default_factory=dict)
+    """Why, with the number of calls for each reason."""
     cut: Literal["submodule", "slice", "ffn"] | None = None
     evidence: tuple[str, ...] = ()
     failing_probe: str | None = None
@@ -126,6 +128,14 @@ class Report:
                 names.setdefault(layer.reason, []).append(f"{layer.name or 'the model'} ({layer.kind})")
         return [f"left alone: {_some(layers)}: {reason}" for reason, layers in names.items()]
 
+    def _fell_back(self) -> list[str]:
+        """One line for each layer and reason for which its original forward served calls."""
+        return [
+            f"fell back: {layer.name or 'the model'} ({layer.kind}): {_calls(count)}: {reason}"
+            for layer in self.layers
+            for reason, count in layer.fallback_reasons.items()
+        ]
+
     def _headline(self) -> str:
         if not self.layers:
             return "moec: no MoE or FFN layer found"
@@ -138,6 +148,8 @@ class Report:
             parts += ["", table(headers, [_row(layer) for layer in self.layers], right=["error", "max abs"])]
         left = self._left_alone()
         parts += ["", *left] if left else []
+        fell = self._fell_back()
+        parts += ["", *fell] if fell else []
         rows = [row for layer in self.layers for row in _latency_rows(layer.name, layer.latency)]
         rows += _latency_rows("whole model", self.latency)
         if rows:
@@ -156,11 +168,15 @@ class Report:
             parts.append(f"weights of compiled layers: {size(before)} before, {size(after)} after")
         calls = sum(layer.fallbacks for layer in self.layers)
         if calls:
-            parts.append(f"{calls} calls fell back to the original forward")
+            parts.append(f"{_calls(calls)} fell back to the original forward")
         parts += [f"note: {note}" for note in self.notes]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         parts += [" | ".join(part for part in (self.machine, versions) if part)]
         return ["", *parts] if any(parts) else []
+
+
+def _calls(count: int) -> str:
+    return f"{count} call{'' if count == 1 else 's'}"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -180,7 +196,7 @@ def _row(layer: LayerReport) -> list[str]:
     return [
         layer.name,
         layer.kind,
-        layer.status,
+        layer.status + (f", {_calls(layer.fallbacks)} not" if layer.fallbacks else ""),
         error,
         number(layer.max_abs_error),
         layer.backend or "-",

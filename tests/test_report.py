@@ -64,8 +64,12 @@ def test_the_error_of_passes_that_change_numerics_stands_apart() -> None:
 def test_fallbacks_and_notes_are_shown() -> None:
     report = sample()
     report.layers[0].fallbacks = 3
+    report.layers[0].fallback_reasons = {"autocast is on": 2, "the input is 7 wide": 1}
     report.notes.append("hooks close over the original")
     assert "3 calls fell back to the original forward" in str(report)
+    assert "compiled, 3 calls not" in str(report)
+    assert "fell back: layers.0.mlp (moe): 2 calls: autocast is on\n" in str(report)
+    assert "fell back: layers.0.mlp (moe): 1 call: the input is 7 wide\n" in str(report)
     assert "note: hooks close over the original" in str(report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
+from moec.frontends.torch.remade import Remade
 from tests.corpus import CASES
 from tests.corpus.blocks import LoopList
 from tests.frontend.compare import state, state_difference
@@ -232,3 +234,28 @@ def test_threads_share_a_compiled_module() -> None:
         thread.join()
     for index, expected in enumerate(want):
         torch.testing.assert_close(results[index], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_example_inputs_are_let_go() -> None:
+    """They may be large; what a later refresh and measurements need is made anew."""
+    module = CASES["loop_list.swiglu"].make()
+    x = torch.randn(2, 6, 16)
+    alive = weakref.ref(x)
+    fast = moec.compile(module, example_inputs=(x,))
+    del x
+    gc.collect()
+    assert alive() is None
+    fast.top_k = module.top_k = 1
+    moec.refresh(fast)
+    assert report_of(fast).whole_model_error is not None
+    agree(fast, module, tokens("loop_list.swiglu"))
+    assert report_of(fast).layers[0].fallbacks == 0
+
+
+def test_other_example_inputs_are_kept() -> None:
+    mask = torch.tensor([True, False])
+    made = Remade(({"x": torch.zeros(2, 3, dtype=torch.bfloat16), "mask": mask, "n": 3},)).make()
+    assert made[0]["mask"] is mask
+    assert made[0]["n"] == 3
+    assert (made[0]["x"].shape, made[0]["x"].dtype) == ((2, 3), torch.bfloat16)
+    assert Remade(None).make() is None

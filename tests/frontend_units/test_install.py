@@ -397,3 +397,19 @@ def test_the_signature_is_the_originals(layer: Installed) -> None:
     import inspect
 
     assert inspect.signature(layer.module.forward) == inspect.signature(Layer().forward)
+
+
+def test_calls_are_counted_by_reason(layer: Installed) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            in_training(layer)
+        layer.module.eval()
+        under_autocast(layer)
+        for i in range(30):
+            layer.call.error = Unusual(f"argument {i}")
+            layer.module(X)
+    reasons = layer.report.fallback_reasons
+    assert (reasons["the layer is in training mode"], reasons["autocast is on"]) == (2, 1)
+    assert reasons["other reasons"] == 16
+    assert sum(reasons.values()) == layer.report.fallbacks == 33

@@ -35,6 +35,8 @@ _AUTOCAST: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Folders whose frames are passed over on the way to the user's line.
 _INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
+_MOST_REASONS = 16
+
 Build = Callable[[WeightStore], Executable]
 
 
@@ -185,6 +187,10 @@ class CompiledMethod:
             text = f"[MOEC231] {name} runs its original code: {reason} (said once)"
             warnings.warn(text, FallbackWarning, stacklevel=_level_of_the_user())
         self.layer.fallbacks += 1
+        reasons = self.layer.fallback_reasons
+        # Reasons name values of the call, of which there may be any number.
+        key = reason if reason in reasons or len(reasons) < _MOST_REASONS else "other reasons"
+        reasons[key] = reasons.get(key, 0) + 1
         return (original or self.original)(*args, **kwargs)
 
     def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -136,7 +136,7 @@ def _persistent_tiles(shape: Shape, rows: float) -> tuple[Tile, Tile]:
     double = 1 if shape.gated else 2
     if rows < 48:
         return Tile(64, 64 * double, 128, 4, 3), Tile(64, 128, 128, 4, 4)
-    return Tile(128, 128 * double, 64, 8, 4, 16, flatten=True), Tile(128, 256, 64, 8, 3, 16)
+    return Tile(128, 128 * double, 64, 8, 3, 16), Tile(128, 256, 64, 8, 3, 16, flatten=True)
 
 
 def _small_tiles(shape: Shape, rows: float, facts: GpuFacts) -> tuple[Tile, Tile]:
@@ -147,8 +147,13 @@ def _small_tiles(shape: Shape, rows: float, facts: GpuFacts) -> tuple[Tile, Tile
         first, second = Tile(16, 32 * double, 512 // size, 4, 3), Tile(16, 64, 256 // size, 4, 4)
     elif rows <= 24:
         first, second = Tile(32, 64 * double, 256 // size, 4, 3), Tile(32, 128, 256 // size, 4, 3)
+    elif size == 4:
+        # Products of fp32 numbers run on the ordinary units, which need registers for both sides.
+        first, second = Tile(64, 32 * double, 32, 4, 3), Tile(64, 64, 32, 4, 3)
+    elif rows <= 96:
+        first, second = Tile(64, 64 * double, 64, 4, 3), Tile(64, 128, 64, 4, 3)
     else:
-        first, second = Tile(64, 64 * double, 128 // size, 4, 3), Tile(64, 128, 128 // size, 4, 3)
+        first, second = Tile(128, 64 * double, 64, 8, 3), Tile(128, 128, 64, 8, 3)
     return _fit(first, 2 if shape.gated else 1, size, facts), _fit(second, 1, size, facts)
 
 

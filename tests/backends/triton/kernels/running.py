@@ -28,7 +28,7 @@ BARS = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 def plan_for(path: str) -> Plan:
     """Small tiles, so that small layers have several."""
     if path == GEMV:
-        return Plan(GEMV, Rows(4, 32), Rows(4, 32), "test")
+        return Plan(GEMV, Rows(16, 32), Rows(16, 32), "test")
     if path == TILES:
         return Plan(TILES, Tile(16, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2), "test")
     rows = 64 if DEVICE.type == "cuda" else 16

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.frontend import elsewhere
+
 D, WIDE, E = 8, 12, 4
 FACTOR = 1.0
+
+
+class Settings:
+    """A class as a place for settings."""
+
+    shift = 0.0
 
 
 def halved(x: Tensor) -> Tensor:
@@ -62,7 +70,7 @@ class Sliced(nn.Module):
         weights, ids = (self.router(self.before(rows)) / self.temperature).softmax(-1).topk(self.top_k)
         if self.config.norm_topk_prob and getattr(self, "renormalise"):  # noqa: B009 - read by name on purpose
             weights = weights / weights.sum(-1, keepdim=True)
-        return renormalise(weights) * self.factors[0], ids
+        return renormalise(weights) * self.factors[0] + Settings.shift + elsewhere.SHIFT, ids
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, D)

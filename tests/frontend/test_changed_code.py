@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import moec
 from moec.frontends.torch.install import FallbackWarning
-from tests.frontend import changing
+from tests.frontend import changing, elsewhere
 from tests.frontend.changing import Direct, Expert, Plain, Sliced, made
 
 Change = Callable[[Any], Any]
@@ -143,6 +143,15 @@ def test_a_global_is_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     model, fast = compiled(Sliced)
     monkeypatch.setattr(changing, name, 3.0 if name == "FACTOR" else lambda weights: weights * 3)
     with pytest.warns(FallbackWarning, match=f"{name}' of module tests.frontend.changing"):
+        got = run(fast)
+    torch.testing.assert_close(got, run(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("place", "name"), [(changing.Settings, "shift"), (elsewhere, "SHIFT")])
+def test_a_setting_in_a_class_or_module_is_followed(place: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fast = compiled(Sliced)
+    monkeypatch.setattr(place, name, 0.5)
+    with pytest.warns(FallbackWarning, match=f"'{name}' of .* is 0.5, it was 0.0"):
         got = run(fast)
     torch.testing.assert_close(got, run(model), rtol=0, atol=0)
 

@@ -39,12 +39,16 @@ class Reads:
             found |= names & function.__globals__.keys()
         yield from tables.values()
 
+    def behind(self, name: str) -> set[str]:
+        """Names that are read right behind this one."""
+        return {b for code in self.functions for a, b in _pairs_in(code) if a == name}
+
     def of_object(self, attribute: str, table: Iterable[str]) -> set[str]:
         """Names of `table` that are read of the object in `attribute`.
 
         Names that tensors and modules have too (dtype, training) count only where they are read right behind it.
         """
-        behind = {b for code in self.functions for a, b in _pairs_in(code) if a == attribute}
+        behind = self.behind(attribute)
         return {n for n in self.names.intersection(table) if n in behind or n not in _COMMON}
 
     def cells(self) -> Iterator[tuple[str, Any]]:
@@ -150,15 +154,16 @@ def _mentioned(function: FunctionType) -> list[Any]:
     found += [cell.cell_contents for _, cell in Reads(functions={function.__code__: function}).cells()]
     for name in names_in(function.__code__):
         value = function.__globals__.get(name)
-        if isinstance(value, FunctionType | functools.partial) and _is_users(value):
+        if isinstance(value, FunctionType | functools.partial) and is_users(value):
             found.append(value)
-        elif isinstance(value, type) and _is_users(value) and not issubclass(value, nn.Module):
+        elif isinstance(value, type) and is_users(value) and not issubclass(value, nn.Module):
             found += vars(value).values()
     return found
 
 
-def _is_users(value: Any) -> bool:
-    home = getattr(value, "__module__", None) or ""
+def is_users(value: Any) -> bool:
+    """A function, class or Python module that is not of torch, of the standard library or of moec."""
+    home = str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
     return home.partition(".")[0] not in _OTHERS
 
 

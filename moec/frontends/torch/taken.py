@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.frontends.torch.reads import Reads, classes_of, is_tensor_or_module, reads_of
+from moec.frontends.torch.reads import Reads, classes_of, is_tensor_or_module, is_users, reads_of
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FIXED = (*_PLAIN, enum.Enum, FunctionType, BuiltinFunctionType, type, staticmethod, classmethod, property)
@@ -66,6 +66,7 @@ def _of_module(path: str, part: nn.Module, method: str, reads: Reads, shadows: f
     absent = frozenset(n for n in shadows if hasattr(type(part), n) and n not in own and (path or n != method))
     keys, values, objects = _sorted_out(own, names)
     yield Row(path, keys, values, path, objects=objects, absent=absent)
+    yield from _of_namespaces(own, names, reads)
     for name, _ in objects:
         inner, found, _ = _sorted_out(_attributes(own[name]), reads.of_object(name, _attributes(own[name])))
         yield Row(f"{path}.{name}".lstrip("."), inner, found, path, name)
@@ -74,10 +75,22 @@ def _of_module(path: str, part: nn.Module, method: str, reads: Reads, shadows: f
 def _of_table(owner: str, table: Mapping[str, Any], names: set[str], reads: Reads) -> Iterator[Row]:
     keys, values, objects = _sorted_out(table, names)
     yield Row(owner, keys, values, table=table, objects=objects)
+    yield from _of_namespaces(table, names, reads)
     for name, _ in objects:
         held = _attributes(table[name])
         inner, found, _ = _sorted_out(held, reads.of_object(name, held))
         yield Row(f"{owner}, {name}", inner, found, table=held)
+
+
+def _of_namespaces(table: Mapping[str, Any], names: Iterable[str], reads: Reads) -> Iterator[Row]:
+    """Classes and Python modules that settings are kept in, for the names read right behind theirs."""
+    for name in sorted(names):
+        held = table.get(name)
+        if isinstance(held, type | ModuleType) and is_users(held):
+            keys, values, _ = _sorted_out(vars(held), reads.behind(name) & vars(held).keys())
+            yield Row(
+                f"{'class' if isinstance(held, type) else 'module'} {held.__name__}", keys, values, table=vars(held)
+            )
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:

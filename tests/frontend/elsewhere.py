@@ -1,0 +1,3 @@
+"""A Python module that layers keep a setting in."""
+
+SHIFT = 0.0

@@ -124,7 +124,7 @@ def summing(site: Site, tokens: int) -> Callable[..., None]:
     bo = min(1024, triton.next_power_of_2(layer.o))
     constants = {"K": site.k, "E": layer.experts, "O": layer.o, "HAS_VALID": site.has_valid}
     last = site.launch(combine, constants | {"BT": 1, "BO": bo, "PDL": site.pdl}, pdl=site.pdl)
-    grid = (cdiv(layer.o, bo), tokens, 1)
+    grid = (tokens, cdiv(layer.o, bo), 1)
 
     def run(stream: int, y: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, out: torch.Tensor) -> None:
         last(stream, grid, y, ids, valid, out, tokens)

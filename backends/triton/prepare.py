@@ -42,7 +42,7 @@ class Prepared:
         self.shape = Shape(*layer.key)
         self._runs: dict[Any, Run] = {}
         self._made: dict[Any, Any] = {}
-        self._one: dict[int, torch.Tensor] = {}
+        self._one: torch.Tensor | None = None
 
     def plan(self, tokens: int, k: int = 1) -> Plan:
         """Path and tiles that a number of tokens gets: measured here, shipped, or by the cost model."""
@@ -121,11 +121,13 @@ class Prepared:
         self._runs.clear()
 
     def _zeros(self, tokens: int) -> torch.Tensor:
-        """ids[T, 1] of one expert."""
-        found = self._one.get(tokens)
-        if found is None:
-            found = self._one[tokens] = torch.zeros(tokens, 1, dtype=torch.int32, device=self.device)
-        return found
+        """ids[T, 1] of one expert; kept, except those that belong to a CUDA graph being captured."""
+        if self._one is None or self._one.shape[0] < tokens:
+            found = torch.zeros(tokens, 1, dtype=torch.int32, device=self.device)
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return found
+            self._one = found
+        return self._one[:tokens]
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

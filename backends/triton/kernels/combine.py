@@ -12,9 +12,9 @@ from moec.backends.triton.kernels.address import load_expert, valid_tokens
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["ids", "valid"])
 def combine(y, ids, valid, out, tokens, K: tl.constexpr, E: tl.constexpr, O: tl.constexpr,  # noqa: E741
             HAS_VALID: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y[T, K, O], already weighted -> out[T, O]; rows of no expert are not read. Grid: (O / BO, T / BT)."""
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
-    column = tl.program_id(0) * BO + tl.arange(0, BO)
+    """y[T, K, O], already weighted -> out[T, O]; rows of no expert are not read. Grid: (T / BT, O / BO)."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    column = tl.program_id(1) * BO + tl.arange(0, BO)
     inside = (token < tokens)[:, None] & (column < O)[None, :]
     limit = valid_tokens(valid, tokens, HAS_VALID) * K
     total = tl.zeros([BT, BO], dtype=tl.float32)

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from moec.backends.triton.operands import Operands
+from moec.backends.triton.prepare import prepare
 from tests.backends.cpu.layers import error, inputs
 from tests.backends.triton.kernels.running import (
     BARS,
@@ -224,14 +226,43 @@ def test_many_pairs_are_grouped_in_chunks() -> None:
     assert_right(case, prepared, PATHS[1], x, ids, weights)
 
 
+def test_one_expert_takes_every_row() -> None:
+    for dtype in (F32, BF16):
+        case = make(1, 32, 24, dtype=dtype, bias=True)
+        prepared = ready(case)
+        for tokens in (1, 9):
+            x, ids, weights = inputs(case, tokens, 1)
+            wanted = meaning(case, x, ids, torch.ones_like(weights))
+            assert error(run(prepared, None, x), wanted) <= BARS[dtype]
+
+
+def test_int8_weights_with_scales() -> None:
+    case = make(6, 32, 24, dtype=F32, layout="pair")
+    scales = {}
+    for name, w in list(case.weights.items()):
+        assert isinstance(w, torch.Tensor)
+        scale = w.abs().amax(2) / 127
+        case.weights[name] = (w / scale[:, :, None]).round()
+        scales[name.replace("w_", "scale_")] = scale
+    x, ids, weights = inputs(case, 7, 2)
+    whole = {name: w * scales[name.replace("w_", "scale_")][:, :, None] for name, w in case.weights.items()}  # type: ignore[operator]
+    kept, case.weights = case.weights, dict(whole)
+    wanted = case.meaning(x, ids, weights)
+    small = {name: w.to(torch.int8).to(DEVICE) for name, w in kept.items()}  # type: ignore[union-attr]
+    operands = Operands(**small, **{name: scale.to(DEVICE) for name, scale in scales.items()})
+    prepared = prepare(case.op, operands, DEVICE)
+    for path in PATHS[:2]:
+        assert error(run(prepared, path, x, ids, weights), wanted) <= BARS[F32]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("k", [1, 3, 16])
-@pytest.mark.parametrize("experts", [2, 64, 300, 512])
-@pytest.mark.parametrize("tokens", [1, 2, 33, 150])
+@pytest.mark.parametrize("k", [1, 16])
+@pytest.mark.parametrize("experts", [2, 64, 512])
+@pytest.mark.parametrize("tokens", [2, 33])
 def test_many_shapes(path: str, k: int, experts: int, tokens: int) -> None:
     for dtype, layout in ((BF16, "concat"), (F32, "pair"), (F16, "interleaved")):
-        case = make(experts, 72, 40, dtype=dtype, layout=layout)
+        case = make(experts, 40, 24, dtype=dtype, layout=layout)
         prepared = ready(case)
-        if can(prepared, path) and (path != PATHS[0] or tokens * k <= 150):
-            assert_right(case, prepared, path, *inputs(case, tokens, k))
+        if can(prepared, path):
+            assert_right(case, prepared, path, *inputs(case, few(path, tokens), k))

@@ -222,3 +222,30 @@ def test_functions_are_compared_by_identity() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(run(fast), run(model))
+
+
+class Counting(Direct):
+    """Its own code counts; the experts' method that is cut out of it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        rows = x.reshape(-1, changing.D)
+        weights, ids = self.router(rows).softmax(-1).topk(self.top_k)
+        return self.mix(rows, ids, weights).view_as(x)
+
+    def mix(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = changing.Experts.forward(self.experts, rows, ids, weights)
+        return y
+
+
+def test_code_around_a_method_that_was_cut_out_is_free() -> None:
+    model, fast = compiled(Counting)
+    assert callable(fast.__dict__["mix"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(run(fast), run(model))
+    assert fast.calls == 2

@@ -47,7 +47,7 @@ class Watch:
     def _look_outside(self, module: torch.nn.Module) -> None:
         """Class attributes, globals and variables of enclosing functions that the modules' code refers to."""
         modules = list(module.modules())
-        reads = reads_of(type(module).forward, modules)
+        reads = reads_of(type(module).forward, modules, modules)
         for cls in classes_of(modules):
             self._add_class(cls)
         for table, names in reads.globals(assigned=True):

@@ -101,20 +101,22 @@ def classes_of(modules: Iterable[nn.Module]) -> list[type]:
     return [c for c in dict.fromkeys(c for kind in map(type, modules) for c in kind.__mro__) if c not in below]
 
 
-def reads_of(call: Callable[..., Any], modules: Iterable[nn.Module]) -> Reads:
-    """What `call` may read, with the methods of these modules that it may reach."""
+def reads_of(call: Callable[..., Any], modules: Iterable[nn.Module], entered: Iterable[nn.Module]) -> Reads:
+    """What `call` and the forwards of `entered` may read, with the methods of `modules` that they may reach."""
     reads = Reads()
     modules = list({id(m): m for m in modules}.values())
-    classes = classes_of(modules)
+    entered = list(entered)
+    classes, forwards = classes_of(modules), classes_of(entered)
     _follow(call, reads)
-    for kind in dict.fromkeys(map(type, modules)):
+    for kind in dict.fromkeys(map(type, entered)):
         _follow(getattr(kind, "forward", None), reads)
     known = -1
     while known != len(reads.functions):
         known = len(reads.functions)
         for cls in classes:
             for name in reads.names & vars(cls).keys():
-                _follow(vars(cls)[name], reads)
+                if name != "forward" or cls in forwards:
+                    _follow(vars(cls)[name], reads)
         for module in modules:
             for name in reads.names & module.__dict__.keys():
                 _follow(module.__dict__[name], reads)

@@ -43,14 +43,15 @@ class Row:
 def take(module: nn.Module, method: str, paths: Iterable[str]) -> tuple[Row, ...]:
     """All that the method, and the forwards of the submodules at `paths`, may read of plain values."""
     parts = {"": module, **{path: module.get_submodule(path) for path in paths}}
-    reads = reads_of(getattr(type(module), method), parts.values())
-    classes = classes_of(parts.values())
+    entered = [part for path, part in parts.items() if path or method == "forward"]
+    reads = reads_of(getattr(type(module), method), parts.values(), entered)
+    classes, forwards = classes_of(parts.values()), classes_of(entered)
     # A method that is overridden on an instance is another method; other names count where the class has them.
-    shadows = frozenset({"forward", method}) | {n for c in classes for n in reads.names & vars(c).keys()}
+    shadows = frozenset(n for c in classes for n in reads.names & vars(c).keys())
     rows = [row for path, part in parts.items() for row in _of_module(path, part, method, reads, shadows)]
-    methods = reads.names | {"forward", method}
     for cls in classes:
         if not cls.__module__.startswith("torch."):
+            methods = reads.names - {"forward"} | {method} | ({"forward"} if cls in forwards else set())
             rows += _of_table(f"class {cls.__name__}", vars(cls), methods & vars(cls).keys(), reads)
     for table, names in reads.globals():
         home = str(table.get("__name__", ""))
@@ -63,7 +64,8 @@ def _of_module(path: str, part: nn.Module, method: str, reads: Reads, shadows: f
     own = part.__dict__
     # The method itself is where the compiled one stands.
     names = {n for n in reads.names & own.keys() if n not in _MACHINERY and (path or n != method)}
-    absent = frozenset(n for n in shadows if hasattr(type(part), n) and n not in own and (path or n != method))
+    called = shadows | {"forward"} if path else shadows - {method}
+    absent = frozenset(n for n in called if hasattr(type(part), n) and n not in own)
     keys, values, objects = _sorted_out(own, names)
     yield Row(path, keys, values, path, objects=objects, absent=absent)
     yield from _of_namespaces(own, names, reads)

@@ -53,10 +53,12 @@ class Frame:
     def device(self) -> torch.device:
         """Where the run happens: the device of the first tensor, the CPU if there is none."""
         found = list(self.values.values())
-        tensors = (x for x in found if isinstance(x, torch.Tensor))
+        for x in found:
+            if isinstance(x, torch.Tensor):
+                return x.device
         # Weights of experts that are a tensor each are looked at last: reading one may be work.
-        first = next(tensors, None)
-        first = next((x[0] for x in found if len(x)), None) if first is None else first
-        while first is not None and not isinstance(first, torch.Tensor):
-            first = first[0]
-        return torch.device("cpu") if first is None else first.device
+        return next((_first(x).device for x in found if len(x)), torch.device("cpu"))
+
+
+def _first(experts: Experts) -> torch.Tensor:
+    return experts if isinstance(experts, torch.Tensor) else _first(experts[0])

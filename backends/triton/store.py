@@ -1,4 +1,4 @@
-"""Plans that were measured: those shipped with moec for some GPUs, and those that tuning found on this machine.
+"""Plans that tuning found on this machine, which go before those that moec ships and before the cost model.
 
 A file holds entries for one GPU: a layer's key, a number of tokens, the plan that was fastest and its microseconds.
 """
@@ -20,7 +20,6 @@ from typing import Any
 from moec.backends.triton.choose import GEMV, Plan, Rows, Shape, Tile
 from moec.writing import write_text
 
-SHIPPED = Path(__file__).parent / "tuned"
 HERE = "tuned here"
 """The origin of a plan that this machine measured."""
 NEAR = 0.5
@@ -69,15 +68,13 @@ def _slug(gpu: str) -> str:
 
 
 def lookup(shape: Shape, k: int, tokens: int, gpu: str) -> Plan | None:
-    """The plan measured for the nearest number of tokens, this machine's before those shipped; None if none is near."""
-    key = key_of(shape, k)
-    for entries in (_read(cache_file(gpu), HERE), _read(SHIPPED / f"{_slug(gpu)}.json", "shipped")):
-        near = [(abs(log2(entry.tokens / tokens)), entry.tokens, entry) for entry in entries.get(key, ())]
-        distance, _, entry = min(near, default=(NEAR + 1, 0, None))
-        # One token is like no other number: nothing is shared.
-        if entry is not None and distance <= NEAR and (tokens > 1) == (entry.tokens > 1):
-            return entry.plan
-    return None
+    """The plan measured here for the nearest number of tokens; None if none is near."""
+    entries = _read(cache_file(gpu), HERE).get(key_of(shape, k), ())
+    near = [(abs(log2(entry.tokens / tokens)), entry.tokens, entry) for entry in entries]
+    distance, _, entry = min(near, default=(NEAR + 1, 0, None))
+    # One token is like no other number: nothing is shared.
+    fits = entry is not None and distance <= NEAR and (tokens > 1) == (entry.tokens > 1)
+    return entry.plan if fits and entry is not None else None
 
 
 def record(entries: Iterable[Entry], gpu: str, path: Path | None = None) -> Path:

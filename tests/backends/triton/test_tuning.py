@@ -98,7 +98,7 @@ def test_a_measured_plan_goes_before_the_cost_model() -> None:
 
 
 def test_the_search_finds_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that prefer wide second tiles and short first steps, and a compiler that refuses some."""
+    """Times that prefer narrow second tiles and long first steps, and a compiler that refuses some."""
     said: list[str] = []
 
     def measured(self: object, plan: Plan) -> float:
@@ -106,14 +106,15 @@ def test_the_search_finds_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
             return 1000.0
         if plan.first.stages == 5:
             raise RuntimeError("out of shared memory")
-        return 100.0 + plan.first.bk - plan.second.bn / 2 + 10 * abs(plan.first.bm - 32)
+        away = abs(plan.first.bk - 128) + abs(plan.second.bn - 32) + abs(plan.first.bm - 16)
+        return 100.0 + away
 
     monkeypatch.setattr(tune._Search, "_measure", measured)
     found = tune.tune(prepared(), 2, 16, said.append)
     first, second = found.entry.plan.first, found.entry.plan.second
     assert isinstance(first, Tile)
     assert isinstance(second, Tile)
-    assert (first.bm, first.bk, second.bm, second.bn) == (32, 64, 32, 128)
+    assert (first.bm, first.bk, second.bm, second.bn) == (16, 128, 16, 32)
     assert found.entry.us < found.before_us
     assert found.failed > 0
     assert len(said) == found.tried

@@ -29,6 +29,8 @@ def prepare(op: ExpertFfn | DenseFfn, operands: Operands, device: torch.device, 
     the kernels cannot read the weights. `pack` is accepted and copies nothing yet.
     """
     del pack
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     return Prepared(layer_of(op, operands, device), gpu_facts(device), device)
 
 
@@ -42,7 +44,7 @@ class Prepared:
         self.shape = Shape(*layer.key)
         self._runs: dict[Any, Run] = {}
         self._made: dict[Any, Any] = {}
-        self._one: torch.Tensor | None = None
+        self._ones: list[torch.Tensor] = []
 
     def plan(self, tokens: int, k: int = 1) -> Plan:
         """Path and tiles that a number of tokens gets: measured here, shipped, or by the cost model."""
@@ -121,13 +123,14 @@ class Prepared:
         self._runs.clear()
 
     def _zeros(self, tokens: int) -> torch.Tensor:
-        """ids[T, 1] of one expert; kept, except those that belong to a CUDA graph being captured."""
-        if self._one is None or self._one.shape[0] < tokens:
-            found = torch.zeros(tokens, 1, dtype=torch.int32, device=self.device)
+        """ids[T, 1] of one expert. None is ever given back to the allocator: graphs that were captured may read it."""
+        if not self._ones or self._ones[-1].shape[0] < tokens:
+            size = 1 << (tokens - 1).bit_length()
+            found = torch.zeros(size, 1, dtype=torch.int32, device=self.device)
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return found
-            self._one = found
-        return self._one[:tokens]
+                return found[:tokens]  # which belongs to the graph being captured
+            self._ones.append(found)
+        return self._ones[-1][:tokens]
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

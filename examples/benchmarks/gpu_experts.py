@@ -234,13 +234,18 @@ def main() -> None:
     points: list[Point] = []
     with torch.no_grad(), progress("experts", len(arguments.layers) * len(arguments.tokens)) as bar:
         limits = Limits(DTYPES[arguments.dtype])
+        device = torch.cuda.get_device_name()
+        facts = {"gpu": device, "limits": str(limits), "machine": machine(), "versions": versions()}
         for shape in arguments.layers:
             points += run_layer(shape, arguments, limits, bar.step)
             torch.cuda.empty_cache()
-    device = torch.cuda.get_device_name()
-    facts = {"gpu": device, "limits": str(limits), "machine": machine(), "versions": versions()}
+            write(points, facts, arguments)  # after each layer: who loses patience keeps what was measured
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), "\n\ntimes in microseconds\n")
     print(show(points, arguments.only))
+
+
+def write(points: Sequence[Point], facts: dict[str, object], arguments: argparse.Namespace) -> None:
+    """The files asked for, with the points so far."""
     if arguments.json:
         arguments.json.write_text(json.dumps({**facts, "points": [asdict(p) for p in points]}, indent=1) + "\n")
     if arguments.plot:

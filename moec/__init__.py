@@ -10,21 +10,37 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moec.api import compile, explain, refresh, restore
     from moec.errors import MoecError
+    from moec.exporter.export import export
+    from moec.exporter.result import ExportReport
     from moec.options import Options
     from moec.report import LayerReport, Report
 
 _HOME = {
+    "ExportReport": "moec.exporter.result",
     "LayerReport": "moec.report",
     "MoecError": "moec.errors",
     "Options": "moec.options",
     "Report": "moec.report",
     "compile": "moec.api",
     "explain": "moec.api",
+    "export": "moec.exporter.export",
     "refresh": "moec.api",
     "restore": "moec.api",
 }
 
-__all__ = ["LayerReport", "MoecError", "Options", "Report", "__version__", "compile", "explain", "refresh", "restore"]
+__all__ = [
+    "ExportReport",
+    "LayerReport",
+    "MoecError",
+    "Options",
+    "Report",
+    "__version__",
+    "compile",
+    "explain",
+    "export",
+    "refresh",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:

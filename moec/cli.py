@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moec import __version__
-from moec.commands import bench, demo, env, inspect, opt, passes, tune
+from moec.commands import bench, demo, env, export, inspect, opt, passes, tune
 from moec.errors import MoecError
 
 
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "opt": opt,
     "bench": bench,
+    "export": export,
     "tune": tune,
     "passes": passes,
     "env": env,
@@ -34,7 +35,12 @@ COMMANDS: dict[str, Command] = {
 
 DONE, USER_ERROR, WRONG_COMMAND_LINE, VERIFICATION_FAILED, NOTHING_MATCHED = range(5)
 INTERRUPTED = 130
-STATUS = {"MOEC221": VERIFICATION_FAILED, "MOEC606": NOTHING_MATCHED}
+STATUS = {
+    "MOEC221": VERIFICATION_FAILED,
+    "MOEC606": NOTHING_MATCHED,
+    "MOEC704": VERIFICATION_FAILED,
+    "MOEC705": NOTHING_MATCHED,
+}
 """Exit statuses of codes that are not plain user errors."""
 
 STATUSES = """exit status: 0 done, 1 user error, 2 wrong command line, 3 verification failed, 4 nothing matched;

@@ -82,6 +82,13 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC608": "no layer of that name",
         "MOEC609": "missing package",
         "MOEC610": "tuning results that cannot be read",
+        # 7xx: exporting to ONNX
+        "MOEC701": "arguments without names",
+        "MOEC702": "model that torch cannot export",
+        "MOEC703": "example inputs that are missing",
+        "MOEC704": "export that failed verification",
+        "MOEC705": "export without anything to rewrite",
+        "MOEC706": "output that is the input",
     }
 )
 

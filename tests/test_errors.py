@@ -51,7 +51,7 @@ def test_count() -> None:
 
 def test_codes_are_sorted_and_well_formed() -> None:
     assert list(CODES) == sorted(CODES)
-    assert all(re.fullmatch(r"MOEC[1-6]\d\d", code) for code in CODES)
+    assert all(re.fullmatch(r"MOEC[1-7]\d\d", code) for code in CODES)
     assert all(title and title[-1] != "." for title in CODES.values())
 
 

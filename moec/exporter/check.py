@@ -1,0 +1,116 @@
+"""Whether what was written computes what the original computes: each region alone, then the whole model.
+
+T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moec.backendbase import Weights, load_backend
+from moec.backends.onnx.lower import region_model
+from moec.backends.onnx.lowering import Products
+from moec.backends.onnx.runtime import run, session
+from moec.exporter.probes import region_probes
+from moec.ir import Region
+from moec.verify import difference
+
+# int8 was asked for; more than this is no rounding.
+INT8_BAR = 0.1
+# Of a whole model in fp32, whose other layers round as well; the layers themselves are held to their own bar.
+MODEL_BAR = 1e-4
+# Routers of whole models may meet near ties; more than this is another router.
+LEAST_AGREEMENT = 0.995
+LOW_BARS = {"f16": 4e-3, "bf16": 3e-2}
+
+
+@dataclass
+class Check:
+    """The worst errors, and what failed."""
+
+    max_error: float = 0.0
+    max_abs_error: float = 0.0
+    bar: float = 0.0
+    loose: float = 1.0
+    """How many times the bar the largest single difference may be."""
+    why: str = ""
+    labels: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.why and bool(self.labels)
+
+    def add(self, label: str, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Compare one result of one probe."""
+        found = difference(mine, theirs)
+        self.max_error, self.max_abs_error = max(self.max_error, found.l2), max(self.max_abs_error, found.largest)
+        if found.mismatch or not (found.l2 <= self.bar and found.largest <= self.loose * self.bar):
+            self.why = self.why or f"{label}: {found.mismatch or f'error {found.l2:.1e} above {self.bar:.0e}'}"
+
+
+def check_region(exact: Region, region: Region, weights: Weights, products: Products, bar: float) -> Check:
+    """The region as it will be written, in ONNX Runtime, against the exact region by the meaning of its ops."""
+    low = LOW_BARS.get(region.inputs[0].type.dtype, 0.0)
+    quantized = exact != region
+    check = Check(bar=INT8_BAR if quantized else max(bar, low), loose=10.0 if quantized else 1.0)
+    judge = load_backend("reference").build(exact, weights, {})
+    runtime = session(region_model(region, weights, products=products))
+    numpyless = region.inputs[0].type.dtype == "bf16"
+    executable = load_backend("onnxruntime").build(region, weights, {}) if numpyless else None
+    for label, inputs in region_probes(region):
+        theirs = judge(*inputs)
+        try:
+            mine = executable(*inputs) if executable is not None else run(runtime, inputs)
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            check.why = check.why or f"{label}: {str(error).splitlines()[0][:200]}"
+            return check
+        check.labels.append(label)
+        for a, b in zip(mine, theirs, strict=True):
+            check.add(label, a, b)
+    return check
+
+
+Probe = tuple[str, list[torch.Tensor]]
+
+
+def check_model(
+    original: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+    after: Any,
+    probes: Sequence[Probe],
+    *,
+    quantized: bool,
+    outputs: int,
+) -> tuple[Check, list[tuple[str, list[torch.Tensor]]]]:
+    """The first `outputs` results of a session against the original's; also what the session gave beyond them."""
+    check = Check(bar=float("inf") if quantized else MODEL_BAR, loose=10.0)
+    more = []
+    for label, inputs in probes:
+        try:
+            theirs = original(inputs)
+        except Exception:  # the original refuses this size, so there is nothing to compare
+            continue
+        try:
+            mine = run(after, inputs)
+        except Exception as error:
+            check.why = check.why or f"{label}: {str(error).splitlines()[0][:200]}"
+            break
+        check.labels.append(label)
+        more.append((label, mine[outputs:]))
+        for a, b in zip(mine[:outputs], theirs, strict=True):
+            check.add(label, a, b)
+    if not check.labels and not check.why:
+        check.why = "the original runs at no other shape than the one it was traced with"
+    return check, more
+
+
+def agreement(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """How many choices are the same, and how many there are: experts[T, K] of each layer, in any order of K."""
+    same = total = 0
+    for a, b in zip(mine, theirs, strict=True):
+        total += b.numel()
+        same += int((a.long().sort(-1).values == b.long().sort(-1).values).sum())
+    return same, total

@@ -1,0 +1,133 @@
+"""moec.export: a torch model or an ONNX file becomes an ONNX file that was checked against it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.backends.onnx.runtime import as_array, session
+from moec.bench import Effort, compare
+from moec.environment import machine, versions
+from moec.errors import MoecError
+from moec.exporter.files import check_target, least_runtime, save
+from moec.exporter.probes import sampled
+from moec.exporter.result import ExportReport
+from moec.exporter.settings import Settings
+from moec.exporter.torch_model import Written, write
+from moec.jsontext import dumps
+from moec.progress import show_progress
+
+
+def export(model: Any, path: Any, example_inputs: Any = None, **options: Any) -> ExportReport:
+    """Write `model` as an ONNX file whose MoE layers are rewritten, after checking it against the original.
+
+    `example_inputs` is a tuple of positional or a dict of keyword arguments; every size in them is dynamic in the file
+    unless the model fixes it. Options are the fields of `Settings`. Nothing is written unless every check passes.
+
+    Raises MOEC501 and MOEC502 for options, MOEC607 and MOEC706 for the path, MOEC209, 211, 213 and 701 to 703 for the
+    model and its inputs, MOEC704 where a check fails, MOEC705 where there is nothing to rewrite.
+    """
+    settings = Settings.make(path, **options)
+    check_target(settings.path, None)
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise MoecError("MOEC209", f"moec exports an nn.Module, not {what}", hint="pass an instance of torch.nn.Module")
+    report = ExportReport(
+        source=type(model).__name__, path=settings.path, target=settings.target, quantize=settings.quantize
+    )
+    start = time.perf_counter()
+    with show_progress("export") as say:
+        written = write(model, _example(example_inputs), settings, report, say)
+        say("writing")
+        finish(written, settings, report)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None:
+        hint = "pass a tuple of positional or a dict of keyword arguments of the model's forward"
+        raise MoecError("MOEC703", "a torch model is exported by running it on example_inputs", hint=hint)
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, tuple):
+        return given, {}
+    hint = "pass a tuple of positional or a dict of keyword arguments"
+    raise MoecError("MOEC213", f"example_inputs is a {type(given).__name__}", hint=hint)
+
+
+def finish(written: Written, settings: Settings, report: ExportReport) -> None:
+    """Write the file, then load and time it."""
+    report.opset = written.model.opset_imports[""]
+    report.least_onnxruntime = least_runtime(report.opset)
+    report.file_bytes = save(written.model, settings.path, _properties(report), external=settings.external_data)
+    _load(settings.path, written, settings, report)
+    report.versions, report.machine = versions(), machine()
+
+
+def _properties(report: ExportReport) -> dict[str, str]:
+    """What the file says about itself."""
+    error = "not compared" if report.whole_model_error is None else f"{report.whole_model_error:.1e}"
+    layers = [{"name": one.name, "written as": one.lowering, "error": one.max_error} for one in report.rewritten]
+    return {
+        "moec.version": versions()["moec"],
+        "moec.target": report.target,
+        "moec.quantize": report.quantize or "none",
+        "moec.least_onnxruntime": report.least_onnxruntime,
+        "moec.execution_provider": "CPUExecutionProvider",
+        "moec.verification": f"error {error} at {', '.join(report.whole_model_shapes)}",
+        "moec.layers": dumps(layers),
+    }
+
+
+def _load(path: Path, written: Written, settings: Settings, report: ExportReport) -> None:
+    """How long loading takes, how much memory a run needs, and latencies in turns where token counts are named."""
+    before = _resident()
+    start = time.perf_counter()
+    runtime = session(path, threads=torch.get_num_threads(), spinning=True)
+    report.load_seconds = time.perf_counter() - start
+    _runner(runtime, written.names, written.tensors)()
+    report.memory_bytes = max(0, _resident() - before)
+    for count in settings.tokens:
+        tensors = _sized(written, count)
+        if tensors is None:
+            report.notes.append(f"not timed at {count} tokens: the sizes of the inputs are fixed")
+            continue
+        effort = Effort(seconds=settings.seconds)
+        pair = compare(lambda: written.original(tensors), _runner(runtime, written.names, tensors), effort)  # noqa: B023
+        report.latency.append({"tokens": count, "before_ms": pair[0].median_ms, "after_ms": pair[1].median_ms})
+
+
+def _runner(runtime: Any, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
+    known = {one.name for one in runtime.get_inputs()}
+    feed = {name: as_array(tensor) for name, tensor in zip(names, tensors, strict=True) if name in known}
+    return lambda: runtime.run(None, feed)
+
+
+def _sized(written: Written, count: int) -> list[torch.Tensor] | None:
+    """The example with this many tokens: 1 for the first dynamic size, `count` for all others."""
+    letters = list(dict.fromkeys(s for name in written.names for s in written.shapes[name] if isinstance(s, str)))
+    if not letters:
+        return None
+    sizes = {letter: 1 if i == 0 and len(letters) > 1 else count for i, letter in enumerate(letters)}
+    return [
+        sampled(tensor, [sizes[s] if isinstance(s, str) else s for s in written.shapes[name]])
+        for name, tensor in zip(written.names, written.tensors, strict=True)
+    ]
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,68 @@
+"""What an export may do, with every value checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.errors import MoecError
+from moec.options import suggest
+
+TARGETS = ("portable", "cpu", "cuda")
+QUANTIZE = ("int8",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of moec.export."""
+
+    path: Path
+    target: str = "portable"
+    """"portable": ONNX's own ops alone. "cpu" and "cuda" may use those that ONNX Runtime has there."""
+    quantize: str | None = None
+    """"int8": int8 weights, one scale for each output of each expert, and rows rounded to int8 as they come."""
+    tokens: tuple[int, ...] = ()
+    """Numbers of tokens to time before and after at; none by default."""
+    static: bool = False
+    """Every size in the file is a number, that of example_inputs."""
+    external_data: bool | None = None
+    """Weights in a file beside the model; by itself above 2 GB only."""
+    seconds: float = 1.0
+    """Time for each pair of latencies."""
+
+    @classmethod
+    def make(cls, path: Any, **given: Any) -> Settings:
+        """Settings from keyword arguments; MOEC501 and MOEC502 name the first that is wrong."""
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise MoecError("MOEC501", f"unknown option {name!r}", hint=suggest(name, cls.__dataclass_fields__))
+        if not isinstance(path, str | Path):
+            raise MoecError(
+                "MOEC502", f"path={path!r} must be a file name", hint='moec.export(model, "model.onnx", ...)'
+            )
+        given = {**given, "path": Path(path), "tokens": _tokens(given.get("tokens") or ())}
+        _choice("target", given.get("target", "portable"), TARGETS)
+        if given.get("quantize") is not None:
+            _choice("quantize", given["quantize"], QUANTIZE)
+        for name in ("static", "external_data"):
+            if given.get(name) not in (None, True, False):
+                raise MoecError("MOEC502", f"{name}={given[name]!r} must be True or False", hint=f"{name}=True")
+        return cls(**given)
+
+
+def _choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        hint = suggest(value, choices) if isinstance(value, str) else "known: " + ", ".join(choices)
+        raise MoecError("MOEC502", f"{name}={value!r} is not one of {', '.join(choices)}", hint=hint)
+
+
+def _tokens(given: Any) -> tuple[int, ...]:
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_positive, given)):
+        raise MoecError("MOEC502", f"tokens={given!r} must be positive whole numbers", hint="tokens=[1, 32, 256]")
+    return tuple(given)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moec import __version__
-from moec.commands import bench, demo, env, export, inspect, opt, passes, tune
+from moec.commands import bench, demo, doctor, env, export, inspect, opt, passes, tune
 from moec.errors import MoecError
 
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "export": export,
     "tune": tune,
+    "doctor": doctor,
     "passes": passes,
     "env": env,
 }

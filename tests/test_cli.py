@@ -125,7 +125,7 @@ def test_a_wrong_command_line_is_status_2(capsys: pytest.CaptureFixture[str], ar
 
 
 def test_later_commands_are_not_offered() -> None:
-    assert set(cli.COMMANDS) == {"demo", "inspect", "opt", "bench", "export", "tune", "passes", "env"}
+    assert set(cli.COMMANDS) == {"demo", "inspect", "opt", "bench", "export", "tune", "doctor", "passes", "env"}
 
 
 @pytest.mark.parametrize("command", ["inspect", "bench"])

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moec.frontends.torch.bounds import check_indices, on_gpu
 from moec.frontends.torch.oplog import HOST_READ, Log, Site
 
 # They read memory without an ATen call.
@@ -52,6 +53,8 @@ class _AtenRecorder(TorchDispatchMode):
             )
         for tensor in written:
             self.log.before_write(tensor)
+        if on_gpu(args):
+            check_indices(func, args)
         out = func(*args, **kwargs)
         self.log.append(func, args, kwargs, out, written)
         if type(out) in (int, float, bool):

@@ -12,6 +12,7 @@ from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.training import differs_in_training
 from moec.ir import Region
 from moec.options import Options
 from moec.passbase import Pass, PassLog
@@ -34,6 +35,7 @@ class Compiled:
     pack: bool
     graphs: bool
     strict: bool
+    training: bool = False
 
     def method_for(self, model: nn.Module) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
@@ -49,6 +51,7 @@ class Compiled:
             layer=self.layer,
             replaced=self.lifted.replaced,
             strict=self.strict,
+            training=self.training,
         )
 
 
@@ -97,13 +100,22 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
                 f"verification failed at {verdict.failing}: {verdict.why}" if verdict.failing else "no probe ran",
             )
             return result
+    training = options.training and _serves_training(lifted, layer)
     if changing:
         region, more = run(lifted.region, passes)
         logs = more
         executable = _build(lifted, region, backend, options)
         layer.numerics_error = _numerics_error(lifted, executable)
     _describe(layer, region, logs, executable, backend, lifted)
-    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict)
+    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict, training)
+
+
+def _serves_training(lifted: Lifted, layer: LayerReport) -> bool:
+    """Whether training mode is the same function; the report says so, or why not."""
+    why = differs_in_training(lifted)
+    said = f"{why}: there the original code runs" if why else "the same function in training mode, which it serves too"
+    layer.evidence = (*layer.evidence, said)
+    return not why
 
 
 def _split(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:

@@ -23,7 +23,6 @@ MODES: dict[str, str | None] = {
 QUANTIZE: dict[str, str | None] = {"int8": None}
 # What is asked for and does not work yet is refused: to ignore it would be a silent change of plan.
 FLAGS: dict[str, str] = {
-    "training": "compiled layers run in eval mode only, and in training mode the original forward runs",
     "free_original": "packed weights are always a second copy so far",
 }
 PLANNED: dict[str, str] = {
@@ -46,7 +45,7 @@ class Options:
     passes: str | tuple[Any, ...] | None = None
     """Passes to run instead of the default ones: pass objects, or text like "merge-gate-up,fuse-experts"."""
     training: bool = False
-    """Compiled layers also serve training mode. Refused so far: the original forward does."""
+    """Compiled layers also serve training mode, where that is the same function as eval mode: no dropout, no noise."""
     inplace: bool = False
     """Change the model given instead of returning a twin that shares its tensors."""
     pack: bool = False

@@ -39,7 +39,6 @@ def test_options_are_frozen() -> None:
         ({"passes": 3}, "MOEC502", "passes=3 must be text or a list of passes"),
         ({"passes": [3]}, "MOEC502", "must be text or a list of passes"),
         ({"free_original": True, "pack": True}, "MOEC503", "always a second copy so far"),
-        ({"training": True}, "MOEC503", "in training mode the original forward runs"),
         ({"inplce": True}, "MOEC501", 'did you mean "inplace"?'),
         ({"mesh": object()}, "MOEC503", "device mesh does not exist yet"),
         ({"plan": object()}, "MOEC503", "plans do not exist yet"),

@@ -28,6 +28,8 @@ class Watch:
         self.module = module
         self.rng = torch.get_rng_state()
         self.python_rng = random.getstate()
+        devices = {p.device for p in module.parameters() if p.is_cuda}
+        self.gpu_rng = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         self.params = [(name, p, version(p)) for name, p in module.named_parameters()]
         self.state: list[tuple[str, torch.nn.Module, dict[str, Any], dict[str, Any]]] = []
@@ -81,7 +83,8 @@ class Watch:
     def changes(self) -> list[str]:
         """One phrase per effect, empty when the run was pure."""
         found = []
-        if not torch.equal(self.rng, torch.get_rng_state()) or self.python_rng != random.getstate():
+        gpu = any(not torch.equal(state, torch.cuda.get_rng_state(device)) for device, state in self.gpu_rng)
+        if gpu or not torch.equal(self.rng, torch.get_rng_state()) or self.python_rng != random.getstate():
             found.append("draws random numbers")
         found += ["changes its input in place" for tensor, count in self.inputs if tensor._version != count][:1]
         found += [f"changes parameter {name!r}" for name, p, count in self.params if version(p) != count]
@@ -97,6 +100,8 @@ class Watch:
         """Restore random state, buffers, attributes, and what lies outside."""
         torch.set_rng_state(self.rng)
         random.setstate(self.python_rng)
+        for device, state in self.gpu_rng:
+            torch.cuda.set_rng_state(state, device)
         for _, buffer, count, copy in self.values:
             if copy is not None and version(buffer) != count:
                 buffer.detach().copy_(copy)

@@ -26,9 +26,20 @@ Pick = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
 class Guard:
-    """Some of the rows, bound to a live module, with the hooks and modes of the submodules at `paths`."""
+    """Some of the rows, bound to a live module, with the hooks and modes of the submodules at `paths`.
 
-    def __init__(self, module: nn.Module, rows: Iterable[Row], paths: Iterable[str], weightless: Iterable[str]) -> None:
+    `training` says that training mode is served too, so that modes do not matter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rows: Iterable[Row],
+        paths: Iterable[str],
+        weightless: Iterable[str],
+        *,
+        training: bool = False,
+    ) -> None:
         self._rows: list[tuple[Mapping[str, Any], Pick, tuple[Any, ...], str, tuple[str, ...]]] = []
         self._objects: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._absent: list[list[Any]] = []
@@ -36,7 +47,8 @@ class Guard:
             self._bind(module, row)
         parts = [module.get_submodule(path) for path in paths]
         self._hooks = tuple(getattr(part, name) for part in parts for name in HOOKS if part is not module)
-        self._modes = tuple(p.__dict__ for p in dict.fromkeys(parts) if p is module or _has_modes(p))
+        modal = () if training else dict.fromkeys(parts)
+        self._modes = tuple(p.__dict__ for p in modal if p is module or _has_modes(p))
         for path in weightless:
             parent, _, name = path.rpartition(".")
             table = module.get_submodule(parent)._modules
@@ -139,6 +151,8 @@ class Guards:
         rows: Sequence[Row],
         paths: Sequence[str],
         views: Mapping[str, View | tuple[View, ...]],
+        *,
+        training: bool = False,
     ) -> None:
         owners = _experts_by_prefix(views)
         alone: dict[int, list[str]] = {}
@@ -154,13 +168,23 @@ class Guards:
         rows = [r for r in rows if r.path in weightless or r.keys or r.objects or r.absent != {"forward"}]
         front = [path for path in paths if path not in own]
         self.front = Guard(
-            module, [r for r in rows if r.path not in own], ["", *front], [p for p in front if p in weightless]
+            module,
+            [r for r in rows if r.path not in own],
+            ["", *front],
+            [p for p in front if p in weightless],
+            training=training,
         )
         for entry in views.values():
             for expert, view in enumerate(entry if isinstance(entry, tuple) else ()):
                 homes.setdefault(expert, view.param)
         self.by_weight = {
-            homes[e]: Guard(module, [r for r in rows if r.path in found], found, [p for p in found if p in weightless])
+            homes[e]: Guard(
+                module,
+                [r for r in rows if r.path in found],
+                found,
+                [p for p in found if p in weightless],
+                training=training,
+            )
             for e, found in ((e, set(found)) for e, found in alone.items())
         }
 

@@ -1,8 +1,9 @@
 """Putting a compiled layer into a live model: an override of one method on one module instance, with guards.
 
-The override serves eval mode. In training mode, under autocast, when the input's dtype or rank is not the verified one,
+The override serves eval mode, and training mode where the layer is one function in both and the user asked for it. In
+another mode, under autocast, when the input's dtype or rank is not the verified one,
 or when a submodule that it replaces has got hooks, the original method runs instead; that is counted, warned of once
-with a code, and an error under strict. Gradients in eval mode are the original's: backward runs the original again.
+with a code, and an error under strict. Gradients are the original's: backward runs the original again.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ class CompiledMethod:
         layer: LayerReport,
         replaced: tuple[str, ...],
         strict: bool,
+        training: bool = False,
     ) -> None:
         self.module, self.method, self.call, self.store, self.build = module, method, call, store, build
-        self.layer, self.replaced, self.strict = layer, replaced, strict
+        self.layer, self.replaced, self.strict, self.training = layer, replaced, strict, training
         self.weights: WeightStore | None = None
         self.executable: Executable | None = None
         self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
@@ -106,7 +108,7 @@ class CompiledMethod:
         try:
             if self._taken is None:
                 self._taken = take(self.module, self.method, self.replaced)
-            return Guards(self.module, self._taken, self.replaced, weights.views)
+            return Guards(self.module, self._taken, self.replaced, weights.views, training=self.training)
         except AttributeError as error:
             raise MoecError("MOEC230", f"a submodule is gone: {error}", hint="call moec.refresh(model)") from error
 
@@ -221,6 +223,7 @@ class CompiledMethod:
         )  # fmt: skip
         copy.layer = memo.get(id(self.layer), self.layer)
         copy.replaced, copy.strict, copy.weights, copy.executable = self.replaced, self.strict, None, None
+        copy.training = self.training
         copy._taken, copy._guards = self._taken, None
         # Built on first use, when the new module is complete: it must then still be what it was copied from.
         copy._stale, copy._copied_from = self._stale, self._copied_from

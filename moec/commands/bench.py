@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack", action="store_true", help="keep a second, faster copy of the weights")
     parser.add_argument("--quantize", choices=["int8"], help="weight-only int8; changes results")
     parser.add_argument("--passes", help="passes to run instead of the default ones, as for moec opt")
-    parser.add_argument("--backend", default="auto", help="auto or reference; default auto")
+    parser.add_argument("--backend", default="auto", help="auto, triton, onnxruntime or reference; default auto")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch; default: as torch chooses")
     parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="time for each pair; default 1.0")
     parser.add_argument("--every-layer", action="store_true", help="also time layers that run the same program")

@@ -89,6 +89,8 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC704": "export that failed verification",
         "MOEC705": "export without anything to rewrite",
         "MOEC706": "output that is the input",
+        "MOEC707": "ONNX file that cannot be read",
+        "MOEC708": "inputs that cannot be invented",
     }
 )
 

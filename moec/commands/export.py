@@ -20,6 +20,7 @@ HELP = "write a model as a verified ONNX file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument("--inputs", type=Path, metavar="FILE", help="for an .onnx file: an .npz with its inputs")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write; default NAME.moec.onnx")
     parser.add_argument(
         "--target",
@@ -39,6 +40,19 @@ def run(arguments: argparse.Namespace) -> int:
     import moec
     from moec.exporter.files import check_target
 
+    if arguments.model.endswith(".onnx"):
+        report = moec.export(
+            arguments.model,
+            output,
+            target=arguments.target,
+            quantize=arguments.quantize,
+            tokens=arguments.tokens,
+            external_data=arguments.external_data or None,
+            inputs=arguments.inputs,
+            seconds=arguments.seconds,
+        )
+        print(report.to_json() if arguments.json else report)
+        return 0
     check_target(output, None)
     loaded = load(arguments)
     report = moec.export(
@@ -63,6 +77,8 @@ def _stem(model: str) -> str:
     if file.endswith(".py"):
         return factory
     path = Path(model)
+    if path.suffix == ".onnx":
+        return path.stem
     path = path.parent if path.name == "config.json" else path
     return path.resolve().name or "model"
 

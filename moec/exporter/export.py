@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from moec.bench import Effort, compare
 from moec.environment import machine, versions
 from moec.errors import MoecError
 from moec.exporter.files import check_target, least_runtime, save
+from moec.exporter.invent import sized
+from moec.exporter.onnx_file import rewrite, runner
 from moec.exporter.probes import sampled
 from moec.exporter.result import ExportReport
 from moec.exporter.settings import Settings
@@ -24,17 +26,23 @@ from moec.exporter.torch_model import Written, write
 from moec.jsontext import dumps
 from moec.progress import show_progress
 
+# A rewritten ONNX file may be this much slower than the original at any number of tokens that the user names.
+SLOWER = 1.03
+
 
 def export(model: Any, path: Any, example_inputs: Any = None, **options: Any) -> ExportReport:
     """Write `model` as an ONNX file whose MoE layers are rewritten, after checking it against the original.
 
-    `example_inputs` is a tuple of positional or a dict of keyword arguments; every size in them is dynamic in the file
-    unless the model fixes it. Options are the fields of `Settings`. Nothing is written unless every check passes.
+    `model` may also be the path of an .onnx file, whose inputs are made up. `example_inputs` is a tuple of positional
+    or a dict of keyword arguments; sizes at which the model still runs when they change are dynamic in the file.
+    Options are the fields of `Settings`. Nothing is written unless every check passes.
 
     Raises MOEC501 and MOEC502 for options, MOEC607 and MOEC706 for the path, MOEC209, 211, 213 and 701 to 703 for the
     model and its inputs, MOEC704 where a check fails, MOEC705 where there is nothing to rewrite.
     """
     settings = Settings.make(path, **options)
+    if isinstance(model, str | Path):
+        return _export_file(Path(model), settings)
     check_target(settings.path, None)
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -49,6 +57,40 @@ def export(model: Any, path: Any, example_inputs: Any = None, **options: Any) ->
         finish(written, settings, report)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _export_file(source: Path, settings: Settings) -> ExportReport:
+    """An .onnx file, rewritten. A form that is slower at a named number of tokens is not written (MOEC705)."""
+    if source.suffix != ".onnx":
+        hint = "pass the module itself, or the path of an .onnx file"
+        raise MoecError("MOEC209", f"moec exports an nn.Module or an .onnx file, not {source}", hint=hint)
+    check_target(settings.path, source)
+    report = ExportReport(str(source), settings.path, settings.target, settings.quantize)
+    start = time.perf_counter()
+    with show_progress("export") as say:
+        made = rewrite(source, settings, report, say)
+        after = session(made.model, threads=torch.get_num_threads(), spinning=True)
+        before = session(source, threads=torch.get_num_threads(), spinning=True)
+        for count in settings.tokens:
+            feed = sized(made.model, count)
+            pair = compare(runner(before, feed), runner(after, feed), Effort(seconds=settings.seconds))
+            report.latency.append({"tokens": count, "before_ms": pair[0].median_ms, "after_ms": pair[1].median_ms})
+        _refuse_slower(report)
+        say("writing")
+        report.opset = made.model.opset_imports[""]
+        report.least_onnxruntime = least_runtime(report.opset)
+        report.file_bytes = save(made.model, settings.path, _properties(report), external=settings.external_data)
+        _load(settings.path, runner, made.feeds[0][1], report)
+    report.versions, report.machine = versions(), machine()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _refuse_slower(report: ExportReport) -> None:
+    for row in report.latency:
+        if row["after_ms"] > SLOWER * row["before_ms"]:
+            what = f"{row['after_ms']:.3g} ms instead of {row['before_ms']:.3g} at {row['tokens']} tokens"
+            raise MoecError("MOEC705", f"the rewritten file would be slower: {what}", hint="the file stays as it is")
 
 
 def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -68,7 +110,7 @@ def finish(written: Written, settings: Settings, report: ExportReport) -> None:
     report.opset = written.model.opset_imports[""]
     report.least_onnxruntime = least_runtime(report.opset)
     report.file_bytes = save(written.model, settings.path, _properties(report), external=settings.external_data)
-    _load(settings.path, written, settings, report)
+    _time(_load(settings.path, runner, _feed(written, written.tensors), report), written, settings, report)
     report.versions, report.machine = versions(), machine()
 
 
@@ -87,28 +129,34 @@ def _properties(report: ExportReport) -> dict[str, str]:
     }
 
 
-def _load(path: Path, written: Written, settings: Settings, report: ExportReport) -> None:
-    """How long loading takes, how much memory a run needs, and latencies in turns where token counts are named."""
+def _load(
+    path: Path, call: Callable[[Any, Any], Callable[[], Any]], feed: Mapping[str, Any], report: ExportReport
+) -> Any:
+    """How long loading takes and how much memory a run needs; the session."""
     before = _resident()
     start = time.perf_counter()
     runtime = session(path, threads=torch.get_num_threads(), spinning=True)
     report.load_seconds = time.perf_counter() - start
-    _runner(runtime, written.names, written.tensors)()
+    call(runtime, feed)()
     report.memory_bytes = max(0, _resident() - before)
+    return runtime
+
+
+def _time(runtime: Any, written: Written, settings: Settings, report: ExportReport) -> None:
+    """Latencies in turns where token counts are named."""
     for count in settings.tokens:
         tensors = _sized(written, count)
         if tensors is None:
             report.notes.append(f"not timed at {count} tokens: the sizes of the inputs are fixed")
             continue
         effort = Effort(seconds=settings.seconds)
-        pair = compare(lambda: written.original(tensors), _runner(runtime, written.names, tensors), effort)  # noqa: B023
+        after = runner(runtime, _feed(written, tensors))
+        pair = compare(lambda: written.original(tensors), after, effort)  # noqa: B023
         report.latency.append({"tokens": count, "before_ms": pair[0].median_ms, "after_ms": pair[1].median_ms})
 
 
-def _runner(runtime: Any, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
-    known = {one.name for one in runtime.get_inputs()}
-    feed = {name: as_array(tensor) for name, tensor in zip(names, tensors, strict=True) if name in known}
-    return lambda: runtime.run(None, feed)
+def _feed(written: Written, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    return {name: as_array(tensor) for name, tensor in zip(written.names, tensors, strict=True)}
 
 
 def _sized(written: Written, count: int) -> list[torch.Tensor] | None:

@@ -29,6 +29,8 @@ class Settings:
     """Every size in the file is a number, that of example_inputs."""
     external_data: bool | None = None
     """Weights in a file beside the model; by itself above 2 GB only."""
+    inputs: Path | None = None
+    """For an ONNX file: an .npz file with an array for each of its inputs, where they cannot be made up."""
     seconds: float = 1.0
     """Time for each pair of latencies."""
 
@@ -42,6 +44,8 @@ class Settings:
             raise MoecError(
                 "MOEC502", f"path={path!r} must be a file name", hint='moec.export(model, "model.onnx", ...)'
             )
+        if given.get("inputs") is not None:
+            given["inputs"] = Path(given["inputs"])
         given = {**given, "path": Path(path), "tokens": _tokens(given.get("tokens") or ())}
         _choice("target", given.get("target", "portable"), TARGETS)
         if given.get("quantize") is not None:

@@ -1,0 +1,211 @@
+"""An ONNX file as a verified ONNX file with its MoE layers rewritten.
+
+T tokens, K experts per token, D model width.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.backends.onnx.emitter import Emitter
+from moec.backends.onnx.lower import lower
+from moec.backends.onnx.runtime import session
+from moec.errors import MoecError
+from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
+from moec.exporter.confirm import confirm
+from moec.exporter.insert import Placed, put_before
+from moec.exporter.invent import Feed, feeds
+from moec.exporter.lowerings import place
+from moec.exporter.result import ExportedLayer, ExportReport
+from moec.exporter.settings import Settings
+from moec.frontends.onnx.load import load
+from moec.frontends.onnx.read import Layer, read
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Rewritten:
+    """The model before and after, as onnx-ir, and inputs to run both on."""
+
+    model: Any
+    before: Any
+    """A session of the file as it is."""
+    feeds: list[tuple[str, Feed]]
+
+
+def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say) -> Rewritten:
+    """The file with its layers rewritten, checked. Raises MOEC601, 704, 705, 707 and 708."""
+    say("reading")
+    model = load(path)
+    try:
+        before = session(path)
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        reason = str(error).strip().splitlines()[0][:200]
+        raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
+    made = _those_that_run(before, feeds(model, settings.inputs))
+    say("looking for layers")
+    layers, left = read(model, [feed for _, feed in made], session)
+    report.layers += [ExportedLayer(one.name, "moe", "left alone", reason=one.reason) for one in left]
+    chosen: list[str] = []
+    for layer in layers:
+        named = replace(layer, name=_path(layer))
+        say(f"{named.name}: checking")
+        if _place(model, named, made[0][1], settings, report):
+            chosen.append(named.ids.name)
+    if not chosen:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
+        raise MoecError("MOEC705", f"no layer of {path} can be rewritten: {reasons}")
+    _clean(model)
+    say("checking the whole file")
+    _check(model, path, chosen, made, settings, report)
+    return Rewritten(model, before, made)
+
+
+def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[tuple[str, Feed]]:
+    """The inputs that the file takes; a model may need more tokens than one. Raises MOEC708 where there are none."""
+    found, reason = [], ""
+    for label, feed in made:
+        try:
+            runtime.run(None, feed)
+            found.append((label, feed))
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            reason = reason or f"({label}) {str(error).strip().splitlines()[0][:200]}"
+    if not found:
+        names = ", ".join(made[0][1])
+        hint = "hand real ones over with --inputs file.npz"
+        raise MoecError("MOEC708", f"the file does not run on inputs made up for {names} {reason}", hint=hint)
+    return found
+
+
+def _path(layer: Layer) -> str:
+    """The module that the layer came from, where the exporter wrote that down."""
+    node = layer.y.producer()
+    try:
+        scopes = [one for one in ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"]) if one]
+        return str(scopes[-2])
+    except (KeyError, ValueError, SyntaxError, IndexError):
+        return layer.name
+
+
+def _place(model: Any, layer: Layer, feed: Feed, settings: Settings, report: ExportReport) -> bool:
+    """Rewrite one layer in the graph, if everything about it holds."""
+    told = ExportedLayer(name=layer.name, kind="moe", status="left alone", evidence=layer.evidence)
+    report.layers.append(told)
+    ranks = {name: len(value.shape) if value.shape is not None else 0 for name, value in _ends(layer).items()}
+    if ranks["y"] != 2 and ranks["x"] != ranks["y"]:
+        told.reason = f"its result has {ranks['y']} dimensions and its input {ranks['x']}"
+        return False
+    layer, proof = _confirmed(model, layer, feed)
+    if not proof.passed:
+        told.reason = f"the region differs from the graph at {proof.why}" if proof.labels else proof.why
+        return False
+    placed = place(layer.region, layer.weights, settings, told, 2e-6)
+    if placed is None:
+        raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
+    _put(model.graph, layer, replace(placed, name=layer.name))
+    return True
+
+
+def _confirmed(model: Any, layer: Layer, feed: Feed) -> tuple[Layer, Check]:
+    """The layer with the values that its result is really computed from, among those that were equal."""
+    first = None
+    for x, routing in layer.alike:
+        one = replace(layer, x=x, routing=routing)
+        proof = confirm(model, one, feed)
+        if proof.passed:
+            return one, proof
+        first = first or proof
+    assert first is not None
+    return layer, first
+
+
+def _ends(layer: Layer) -> dict[str, Any]:
+    return {"x": layer.x, "y": layer.y}
+
+
+def _put(graph: Any, layer: Layer, placed: Placed) -> None:
+    """The region in front of the node that gives its result, which then nobody reads."""
+    emit = Emitter(layer.name)
+    k = layer.region.inputs[1].type.shape[1].evaluate({})
+    width = layer.region.inputs[0].type.shape[1].evaluate({})
+    x, ids = emit.reshape(layer.x, -1, width), emit.reshape(layer.ids, -1, k)
+    if layer.routing is not None:
+        weights = emit.reshape(layer.routing, -1, k)
+    else:
+        weights = emit.op("Expand", emit.scalar(1, "f32"), emit.op("Shape", ids))
+    (y,) = lower(placed.region, placed.weights, emit, [x, ids, weights], products=placed.products, chosen=("experts",))
+    if len(layer.y.shape) != 2:
+        y = emit.op("Reshape", y, emit.op("Shape", layer.x), allowzero=1)
+    emit.nodes[-1].doc_string = f"moec: {layer.name}\n{placed.region}"
+    put_before(graph, layer.y.producer(), emit)
+    y.shape, y.type = layer.y.shape, layer.y.type
+    layer.y.replace_all_uses_with(y, replace_graph_outputs=True)
+
+
+def _clean(model: Any) -> None:
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _check(
+    model: Any,
+    path: Path,
+    chosen: Sequence[str],
+    made: Sequence[tuple[str, Feed]],
+    settings: Settings,
+    report: ExportReport,
+) -> None:
+    """Both files on the same inputs: their outputs, and the experts that their routers choose. Raises MOEC704."""
+    outputs = len(model.graph.outputs)
+    sides = [_with_outputs(load(path), chosen), _with_outputs(model, chosen)]
+    check = Check(bar=float("inf") if settings.quantize else MODEL_BAR, loose=10.0)
+    same = total = 0
+    for label, feed in made:
+        try:
+            theirs = sides[0].run(None, feed)
+        except Exception:  # the file itself refuses this size
+            continue
+        mine = sides[1].run(None, feed)
+        check.labels.append(label)
+        for a, b in zip(mine[:outputs], theirs[:outputs], strict=True):
+            check.add(label, _tensor(a), _tensor(b))
+        for a, b in zip(mine[outputs:], theirs[outputs:], strict=True):
+            same, total = same + int((np.sort(a, -1) == np.sort(b, -1)).sum()), total + a.size
+    report.whole_model_error, report.whole_model_shapes = check.max_error, check.labels
+    report.routing_agreement = same / total if total else None
+    if settings.quantize is None and total and same < LEAST_AGREEMENT * total:
+        raise MoecError("MOEC704", f"the routers make {same / total:.1%} of the original's choices")
+    if check.why and not (same < total and "error" in check.why):
+        raise MoecError("MOEC704", f"the whole file differs: {check.why}", hint="nothing was written")
+
+
+def _with_outputs(model: Any, names: Sequence[str]) -> Any:
+    """A session that also gives these values."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    outputs = model.graph.outputs
+    count = len(outputs)
+    outputs.extend(values[name] for name in names)
+    try:
+        return session(model)
+    finally:
+        del outputs[count:]
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def runner(runtime: Any, feed: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call of a session on these inputs, of which it may not need all."""
+    known = {one.name for one in runtime.get_inputs()}
+    needed = {name: array for name, array in feed.items() if name in known}
+    return lambda: runtime.run(None, needed)

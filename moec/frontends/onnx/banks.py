@@ -1,0 +1,120 @@
+"""Weights of experts among the initializers of a region: stacked [E, ...], or one for each expert.
+
+E experts, N outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from moec.frontends.onnx.store import Bank
+
+
+@dataclass(frozen=True)
+class Found:
+    """The initializers of a region that may be weights of experts."""
+
+    matrices: tuple[Bank, ...]
+    """[E, a, b] each, in order of use."""
+    biases: tuple[Bank, ...]
+    """[E, a] each."""
+    scalars: tuple[float, ...]
+    clamps: bool
+    """Whether something is clamped in the region."""
+
+
+def expert_weights(nodes: Sequence[Any], initializers: Sequence[Any], experts: int) -> Found:
+    """Those of `initializers` that can be told apart by expert. `experts` is the least number there may be."""
+    three = [v for v in initializers if len(v.const_value.shape) == 3 and v.const_value.shape[0] >= experts]
+    scalars = tuple(
+        float(v.const_value.numpy())
+        for v in initializers
+        if len(v.const_value.shape) == 0 and "FLOAT" in v.const_value.dtype.name
+    )
+    clamps = any(node.op_type in ("Clip", "Min", "Max") for node in nodes)
+    if three:
+        count = three[0].const_value.shape[0]
+        two = [v for v in initializers if len(v.const_value.shape) == 2 and v.const_value.shape[0] == count]
+        same = [v for v in three if v.const_value.shape[0] == count]
+        return Found(tuple(map(_tensor, same)), tuple(map(_tensor, two)), scalars, clamps)
+    return Found(_lists(initializers, 2, experts), _lists(initializers, 1, experts), scalars, clamps)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return torch.from_numpy(value.const_value.numpy().copy())
+
+
+def _lists(initializers: Sequence[Any], rank: int, experts: int) -> tuple[Bank, ...]:
+    """Initializers that are alike but for a number in their name, as one list for each name."""
+    groups: dict[tuple[str, tuple[int, ...]], list[tuple[list[int], Any]]] = {}
+    for value in initializers:
+        if len(value.const_value.shape) == rank and "FLOAT" in value.const_value.dtype.name:
+            numbers = [int(one) for one in re.findall(r"\d+", value.name)]
+            pattern = re.sub(r"\d+", "#", value.name)
+            groups.setdefault((pattern, tuple(value.const_value.shape)), []).append((numbers, value))
+    found = []
+    for members in groups.values():
+        ordered = [value for _, value in sorted(members, key=lambda member: member[0])]
+        if len(ordered) >= max(2, experts):
+            found.append(tuple(map(_tensor, ordered)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Which weights are which: w_in[E, N, C], w_up?, w_out[E, O, F] and their biases."""
+
+    w_in: Bank
+    w_out: Bank
+    w_up: Bank | None = None
+    b_in: Bank | None = None
+    b_out: Bank | None = None
+    b_up: Bank | None = None
+
+
+def bodies(found: Found, width: int) -> Iterator[Body]:
+    """Every way to read the weights as an expert that takes `width` inputs, in the order of use first."""
+    count = len(found.matrices)
+    if count not in (2, 3):
+        return
+    for order in permutations(range(count)):
+        chosen = [found.matrices[i] for i in order]
+        for turns in range(2**count):
+            turned = [_turned(bank) if turns >> i & 1 else bank for i, bank in enumerate(chosen)]
+            body = _body(turned, found.biases, width)
+            if body is not None:
+                yield body
+
+
+def _turned(bank: Bank) -> Bank:
+    return tuple(one.T for one in bank) if isinstance(bank, tuple) else bank.transpose(1, 2)
+
+
+def shape_of(bank: Bank) -> tuple[int, ...]:
+    """The shape of one expert's part."""
+    return tuple(bank[0].shape)
+
+
+def _body(matrices: Sequence[Bank], biases: Sequence[Bank], width: int) -> Body | None:
+    first, last = matrices[0], matrices[-1]
+    up = matrices[1] if len(matrices) == 3 else None
+    (rows, inputs), (outputs, hidden) = shape_of(first), shape_of(last)
+    if inputs != width or outputs != width or (up is not None and shape_of(up) != shape_of(first)):
+        return None
+    if hidden not in ((rows,) if up is not None else (rows, rows // 2)):
+        return None
+    if not biases:
+        return Body(first, last, up)
+    ins = [bank for bank in biases if shape_of(bank) == (rows,)]
+    outs = [bank for bank in biases if shape_of(bank) == (outputs,) and not any(bank is one for one in ins)]
+    needed = 1 if up is None else 2
+    if len(ins) + len(outs) != len(biases) or len(ins) > needed or len(outs) > 1:
+        return None
+    ins += [None] * (2 - len(ins))  # type: ignore[list-item]
+    return Body(first, last, up, ins[0], outs[0] if outs else None, ins[1])

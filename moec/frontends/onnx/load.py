@@ -1,0 +1,84 @@
+"""Reading ONNX files: what is wrong with a file is said once, before anything is done with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moec.errors import MoecError
+
+# What is written into the graph needs this opset; ONNX's own converter lifts older files.
+LEAST_OPSET = 18
+
+
+def load(path: Path) -> Any:
+    """The file as an onnx-ir model of opset 18 or newer, its weights beside it read when they are needed.
+
+    Raises MOEC601 for a file that is not there, MOEC707 for one that is no ONNX file, or whose weights are missing or
+    lie outside its folder.
+    """
+    if not path.is_file():
+        raise MoecError("MOEC601", f"{path}: no such file")
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx-ir raise many kinds
+        raise _unreadable(path, f"it is no ONNX file, or it is cut off: {_line(error)}") from error
+    if not len(model.graph) or "" not in model.opset_imports:
+        raise _unreadable(path, "it holds no graph of ONNX nodes")
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(path, value.const_value)
+    # ONNX Runtime takes parts of the model without the folder it came from.
+    model = ir.external_data.load_to_model(model)
+    if model.opset_imports[""] < LEAST_OPSET:
+        model = _converted(path, model)
+    try:
+        return _tidied(model)
+    except Exception as error:  # passes of onnx-ir raise what they meet in a damaged graph
+        raise _unreadable(path, f"its graph is damaged: {_line(error)}") from error
+
+
+def _tidied(model: Any) -> Any:
+    """The same model with its functions inlined, constants as initializers, and types and sizes where they follow."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    return ir.passes.Sequential(
+        common.InlinePass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.NameFixPass(),
+        common.ShapeInferencePass(),
+    )(model).model
+
+
+def _check_external(path: Path, tensor: Any) -> None:
+    folder = path.parent.resolve()
+    file = (folder / str(tensor.location)).resolve()
+    if not file.is_relative_to(folder):
+        raise _unreadable(path, f"the weights of {tensor.name} lie outside its folder, in {tensor.location}")
+    if not file.is_file():
+        raise _unreadable(path, f"the weights of {tensor.name} are missing: there is no {tensor.location} beside it")
+    if file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+        raise _unreadable(path, f"{tensor.location} beside it is cut off before the weights of {tensor.name}")
+
+
+def _converted(path: Path, model: Any) -> Any:
+    import onnx
+    import onnx_ir as ir
+
+    found = model.opset_imports[""]
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET)
+        return ir.from_proto(proto)
+    except Exception as error:  # the converter raises plain RuntimeErrors
+        raise _unreadable(path, f"opset {found} could not be converted to {LEAST_OPSET}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _unreadable(path: Path, why: str) -> MoecError:
+    return MoecError("MOEC707", f"{path} cannot be read: {why}")

@@ -1,0 +1,216 @@
+"""moec.export of ONNX files: what other exporters write is recognised, proved and rewritten; all else is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+
+import moec
+from moec.cli import main
+from tests.onnx import written
+
+
+def outputs(path: Path, feed: dict[str, Any]) -> list[Any]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)  # type: ignore[no-any-return]
+
+
+def check_rewritten(source: Path, tmp_path: Path, layers: int, feed: dict[str, Any]) -> moec.ExportReport:
+    """Rewritten as sorted rows, and the same results at a size that moec did not try."""
+    out = tmp_path / "out.onnx"
+    report = moec.export(source, out)
+    assert [layer.status for layer in report.layers] == ["rewritten"] * layers
+    assert report.routing_agreement == 1.0
+    nodes = onnx.load(str(out), load_external_data=False).graph.node
+    assert sum("/expert_" in node.name for node in nodes) >= 2 * layers
+    for mine, theirs in zip(outputs(out, feed), outputs(source, feed), strict=True):
+        assert np.linalg.norm(mine - theirs) <= 2e-6 * np.linalg.norm(theirs)
+    return report
+
+
+def ids(batch: int, tokens: int) -> dict[str, Any]:
+    return {"input_ids": np.random.default_rng(5).integers(3, 120, (batch, tokens))}
+
+
+FAMILIES = [
+    "mixtral",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_that_gather_their_weights(name: str, tmp_path: Path) -> None:
+    source = written.batched(name, tmp_path / "in.onnx")
+    report = check_rewritten(source, tmp_path, 2, ids(4, 9))
+    assert all(".layers." in layer.name and layer.name.endswith("experts") for layer in report.layers)
+    fn = {"gpt_oss": "interleaved, clamped at 7"}.get(name, "silu, concat")
+    assert all(fn in layer.evidence[1] for layer in report.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_that_sort_their_rows_as_transformers_exports_them(name: str, tmp_path: Path) -> None:
+    check_rewritten(written.grouped(name, tmp_path / "in"), tmp_path, 2, ids(4, 9))
+
+
+def test_a_loop_over_experts_of_an_old_opset(tmp_path: Path) -> None:
+    source = written.looped(tmp_path / "in.onnx")
+    x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
+    report = check_rewritten(source, tmp_path, 1, {"x": x})
+    assert report.opset == 18
+
+
+def test_dense_experts(tmp_path: Path) -> None:
+    source = written.dense(tmp_path / "in.onnx")
+    x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
+    report = check_rewritten(source, tmp_path, 1, {"x": x})
+    assert "gelu, concat" in report.layers[0].evidence[1]
+
+
+def test_int8_of_a_file(tmp_path: Path) -> None:
+    source, out = written.dense(tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = moec.export(source, out, quantize="int8")
+    assert report.whole_model_error is not None
+    assert 1e-4 < report.whole_model_error < 0.035
+
+
+def test_moecs_own_files_can_be_read(tmp_path: Path) -> None:
+    from tests.onnx.models import OneLayer
+
+    torch.manual_seed(0)
+    moec.export(OneLayer().eval(), tmp_path / "in.onnx", (torch.randn(7, 16),))
+    x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
+    check_rewritten(tmp_path / "in.onnx", tmp_path, 1, {"x": x})
+
+
+class Attends(nn.Module):
+    """A top-k that is no router: each token reads the two tokens it is most like. x[T, 16] -> [T, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, best = (x @ x.T).topk(2, -1)
+        mixed = (x[best] * weights.softmax(-1).unsqueeze(-1)).sum(1)
+        y: torch.Tensor = self.down(torch.relu(self.up(mixed)))
+        return y
+
+
+class Classifies(nn.Module):
+    """An ArgMax at the end: x[T, 16] -> the best of 24 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x))).argmax(-1)
+        return y
+
+
+@pytest.mark.parametrize("model", [Attends(), Classifies()], ids=["top-k attention", "argmax"])
+def test_near_misses_stay_as_they_are(model: nn.Module, tmp_path: Path) -> None:
+    source = written.by_torch(model, torch.randn(7, 16), tmp_path / "in.onnx", "x")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(moec.MoecError) as caught:
+        moec.export(source, tmp_path / "out.onnx")
+    assert caught.value.code == "MOEC705"
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written.dense(tmp_path_factory.mktemp("read") / "in.onnx")
+
+
+def refused(code: str, source: Path, out: Path, **options: Any) -> moec.MoecError:
+    with pytest.raises(moec.MoecError) as caught:
+        moec.export(source, out, **options)
+    assert caught.value.code == code, caught.value
+    return caught.value
+
+
+def test_files_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
+    refused("MOEC601", tmp_path / "none.onnx", tmp_path / "out.onnx")
+    refused("MOEC209", tmp_path / "model.pt", tmp_path / "out.onnx")
+    refused("MOEC706", file, file)
+    for name, data in (("text", b"not a model"), ("empty", b""), ("half", file.read_bytes()[:3000])):
+        damaged = tmp_path / f"{name}.onnx"
+        damaged.write_bytes(data)
+        refused("MOEC707", damaged, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_weights_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
+    from tests.onnx.models import OneLayer
+
+    source = tmp_path / "in.onnx"
+    moec.export(OneLayer(hidden=96).eval(), source, (torch.randn(7, 16),), external_data=True)
+    data = tmp_path / "in.onnx.data"
+    data.write_bytes(data.read_bytes()[:100])
+    assert "cut off" in refused("MOEC707", source, tmp_path / "out.onnx").message
+    data.unlink()
+    assert "missing" in refused("MOEC707", source, tmp_path / "out.onnx").message
+    model = onnx.load(str(source), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.data"
+    onnx.save(model, str(source))
+    assert "outside its folder" in refused("MOEC707", source, tmp_path / "out.onnx").message
+
+
+def test_damaged_files_are_refused_with_a_code(file: Path, tmp_path: Path) -> None:
+    """Whatever is flipped, the answer is a file that was checked, or one clear error."""
+    whole = bytearray(file.read_bytes())
+    random = np.random.default_rng(0)
+    for round_ in range(12):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), 4):
+            damaged[place] = int(random.integers(0, 256))
+        source = tmp_path / f"{round_}.onnx"
+        source.write_bytes(damaged)
+        with contextlib.suppress(moec.MoecError):
+            moec.export(source, tmp_path / f"{round_}.out.onnx")
+
+
+def test_inputs_from_a_file(file: Path, tmp_path: Path) -> None:
+    given = tmp_path / "inputs.npz"
+    np.savez(given, y=np.zeros((3, 16), np.float32))
+    assert "no array called x" in refused("MOEC708", file, tmp_path / "out.onnx", inputs=given).message
+    np.savez(given, x=np.random.default_rng(0).standard_normal((30, 16)).astype(np.float32))
+    assert moec.export(file, tmp_path / "out.onnx", inputs=given).whole_model_shapes == ["inputs.npz"]
+
+
+def test_inputs_that_cannot_be_made_up(tmp_path: Path) -> None:
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", "m"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [2], [7, 11])
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    graph = helper.make_graph([node], "g", [x], [y], [shape])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "in.onnx")
+    assert "--inputs" in str(refused("MOEC708", tmp_path / "in.onnx", tmp_path / "out.onnx"))
+
+
+def test_the_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(file), "-o", str(tmp_path / "out.onnx")]) == 0
+    assert "1 of 1 layers rewritten" in capsys.readouterr().out
+    assert main(["export", str(file), "-o", str(file)]) == 1
+    assert "MOEC706" in capsys.readouterr().err
+
+
+def test_a_slower_form_is_not_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.exporter.export.SLOWER", 0.0)
+    error = refused("MOEC705", file, tmp_path / "out.onnx", tokens=[4], seconds=0.0)
+    assert "would be slower" in error.message
+    assert not (tmp_path / "out.onnx").exists()

@@ -1,0 +1,105 @@
+"""ONNX files as other exporters write them, of tiny models. T tokens, E experts, D model width."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.onnx import models
+from tests.onnx.models import OneLayer
+
+
+class Dense(nn.Module):
+    """Every expert for every token, weighted by what the router scattered: x[T, 16] -> [T, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 5, bias=False)
+        self.up = nn.Parameter(torch.randn(5, 16, 48) / 4)
+        self.down = nn.Parameter(torch.randn(5, 24, 16) / 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        gates = torch.zeros(x.shape[0], 5).scatter(1, chosen, weights / weights.sum(-1, keepdim=True))
+        a, b = torch.einsum("td,edf->tef", x, self.up).chunk(2, -1)
+        y = torch.einsum("tef,efd->ted", F.gelu(a) * b, self.down)
+        return (y * gates.unsqueeze(-1)).sum(1)
+
+
+class Logits(nn.Module):
+    """A transformers model that gives its logits alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def by_torch(model: nn.Module, example: torch.Tensor, path: Path, name: str) -> Path:
+    """torch's exporter."""
+    sizes = (dict.fromkeys(range(example.dim() if not example.is_floating_point() else 1), torch.export.Dim.AUTO),)
+    with quiet():
+        program = torch.onnx.export(
+            model.eval(), (example,), dynamo=True, dynamic_shapes=sizes, input_names=[name], verbose=False
+        )
+        assert program is not None
+        program.save(path)
+    return path
+
+
+def batched(name: str, path: Path) -> Path:
+    """A transformers model whose experts gather their weights, by torch's exporter."""
+    model = models.model(name)
+    model.set_experts_implementation("batched_mm")
+    return by_torch(Logits(model), models.inputs(name)["input_ids"], path, "input_ids")
+
+
+def grouped(name: str, folder: Path) -> Path:
+    """A transformers model whose experts sort their rows, by transformers' exporter; its weights lie beside it."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    model = models.model(name)
+    model.set_experts_implementation("grouped_mm")
+    with quiet():
+        exported = OnnxExporter().export(
+            model, {"input_ids": models.inputs(name)["input_ids"]}, config=OnnxConfig(dynamic=True)
+        )
+        exported.save_pretrained(folder)
+    return folder / "model.onnx"
+
+
+def looped(path: Path) -> Path:
+    """A loop over experts, unrolled by the legacy exporter: NonZero for each expert. Opset 17, to be converted."""
+    torch.manual_seed(0)
+    with quiet():
+        torch.onnx.export(
+            OneLayer().eval(), (torch.randn(40, 16),), str(path), dynamo=False, input_names=["x"],
+            dynamic_axes={"x": {0: "n"}}, opset_version=17,
+        )  # fmt: skip
+    return path
+
+
+def dense(path: Path) -> Path:
+    torch.manual_seed(0)
+    return by_torch(Dense(), torch.randn(7, 16), path, "x")

@@ -27,6 +27,15 @@ class Held:
     values: Mapping[str, Experts]
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a call reads of the weights, and where they were then."""
+
+    placement: Hashable
+    held: Held
+    values: Mapping[str, Experts]
+
+
 class RegionExecutable:
     """Runs a region on whatever device its inputs are.
 
@@ -34,6 +43,9 @@ class RegionExecutable:
     joined weights and whatever faster ways copy; it is made anew when `weights.version()` changed. Calls may run in
     several threads at once. No graph is recorded, whatever the grad mode.
     """
+
+    # Whether a call asks if any weight moved, instead of reading those it needs anew: of many experts few are hit.
+    _keeps = False
 
     def __init__(
         self,
@@ -64,6 +76,7 @@ class RegionExecutable:
         )
         self._lock = Lock()
         self._held: Held | None = None
+        self._kept: Kept | None = None
         with torch.no_grad():
             for live in self._live.values():
                 live.check()
@@ -86,6 +99,20 @@ class RegionExecutable:
 
     def _weights(self) -> dict[str, Experts]:
         """The weights that a call needs, in a dict of its own."""
+        if not self._keeps:
+            return self._read_weights()
+        placement, held = self._store.placement(), self._current()
+        kept = self._kept
+        if kept is None or kept.placement != placement or kept.held is not held:
+            read = {name: _all_read(experts) for name, experts in self._read_weights().items()}
+            self._kept = kept = Kept(placement, held, self._from_weights(read))
+        return dict(kept.values)
+
+    def _from_weights(self, values: dict[str, Experts]) -> dict[str, Experts]:
+        """The weights, and whatever else is to be kept with them."""
+        return values
+
+    def _read_weights(self) -> dict[str, Experts]:
         values: dict[str, Experts] = dict(self._current().values)
         values.update((name, self._live[name].read()) for name in self._read)
         return values
@@ -159,6 +186,14 @@ class RegionExecutable:
                         one.pack(at)
         guarded = bool(copies) or any(one.nbytes_packed for one in fast)
         self._held = Held(version if guarded else None, copies)
+
+
+def _all_read(experts: Experts) -> Experts:
+    """Experts that are read one by one, read now; never the very object that was read before.
+
+    A parameter whose memory was exchanged (`p.data = ...`) is the same object, and who holds addresses must notice.
+    """
+    return experts.detach() if isinstance(experts, torch.Tensor) else [experts[e] for e in range(len(experts))]
 
 
 def _text(node: Node) -> str:

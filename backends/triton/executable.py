@@ -24,6 +24,8 @@ class TritonExecutable(RegionExecutable):
     kernels hold addresses, and writes in place are seen through them.
     """
 
+    _keeps = True
+
     def __init__(
         self,
         region: Region,
@@ -35,7 +37,6 @@ class TritonExecutable(RegionExecutable):
         device: str,
     ) -> None:
         self._device = device
-        self._kept: tuple[object, dict[str, Experts]] | None = None
         super().__init__(region, weights, opaques, pack=pack, plan=plan)
         constant = [node for node in self._constant if node not in self._once]
         self._weight_steps = tuple(step for step in self._steps if step.node in constant)
@@ -88,17 +89,11 @@ class TritonExecutable(RegionExecutable):
         """Changes when a weight is elsewhere than the kernels were told. Raises what the weights raise."""
         return self._store.placement()
 
-    def _weights(self) -> dict[str, Experts]:
-        placement = self._store.placement()
-        held = self._current()
-        kept = self._kept
-        if kept is None or kept[0] != (placement, held):
-            values = {name: _listed(experts) for name, experts in super()._weights().items()}
-            at = Frame(values, self._opaques, {})
-            for step in self._weight_steps:
-                step.run(at)
-            self._kept = kept = ((placement, held), at.values)
-        return dict(kept[1])
+    def _from_weights(self, values: dict[str, Experts]) -> dict[str, Experts]:
+        at = Frame(values, self._opaques, {})
+        for step in self._weight_steps:
+            step.run(at)
+        return at.values
 
     def _make_ready(self) -> None:
         """Prepare the kernels, so that the first call does not and the report says what runs."""
@@ -107,11 +102,3 @@ class TritonExecutable(RegionExecutable):
             return
         for fused in self.fused:
             fused.ready(at)
-
-
-def _listed(experts: Experts) -> Experts:
-    """Experts that are read one by one, read now; never the very object that was read before.
-
-    A parameter whose memory was exchanged (`p.data = ...`) is the same object, and kernels hold addresses.
-    """
-    return experts.detach() if isinstance(experts, torch.Tensor) else [experts[e] for e in range(len(experts))]

@@ -27,7 +27,7 @@ from moec.table import table
 
 @dataclass
 class Cost:
-    """One compilation. `peak` is the highest memory as a multiple of the weights; None where the system says nothing."""
+    """One compilation. `peak` is the highest memory as a multiple of the weights; None where that cannot be read."""
 
     what: str
     compiled: str

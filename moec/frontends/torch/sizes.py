@@ -22,7 +22,10 @@ class Size:
     shift: int
 
     def __call__(self, dims: Sequence[int]) -> int:
-        return int(self.scale * math.prod(dims[i] for i in self.factors)) + self.shift
+        # Rounded towards zero, in integers: this is part of each call, and fractions are slow.
+        top = self.scale.numerator * math.prod([dims[i] for i in self.factors])
+        whole = abs(top) // self.scale.denominator
+        return (whole if top >= 0 else -whole) + self.shift
 
 
 def solve(values: Sequence[int], shapes: Sequence[Sequence[int]]) -> int | Size | None:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     Raises MoecError: MOEC501-503 for options, MOEC209 for what is no module, MOEC210 for a module that cannot be copied
     (pass inplace=True), MOEC211 when the model does not run on example_inputs, MOEC220/221 under strict.
     """
+    if isinstance(model, str | Path) and str(model).endswith(".onnx"):
+        return _compile_file(Path(model), options)
     chosen = Options.make(**options)
     model = _module(model)
     example = _example(example_inputs)
@@ -96,6 +99,17 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     if chosen.measure:
         report.measure()
     return target
+
+
+def _compile_file(path: Path, options: dict[str, Any]) -> Any:
+    """Something to call in ONNX Runtime; of the options a file takes backend and quantize."""
+    from moec.exporter.compiled_file import compile_file
+
+    Options.make(**options)  # a wrong value is told as for any model
+    more = sorted(set(options) - {"backend", "quantize"})
+    if more:
+        raise MoecError("MOEC503", f"{more[0]}: an ONNX file takes backend and quantize", hint=f"leave {more[0]} out")
+    return compile_file(path, **options)
 
 
 @torch.inference_mode(False)
@@ -170,7 +184,7 @@ def _module(model: Any) -> nn.Module:
     what = f"a {type(model).__name__}" if not isinstance(model, type) else f"the class {model.__name__}"
     hint = "pass an instance of torch.nn.Module"
     if isinstance(model, str):
-        hint = "models in files cannot be compiled yet; load the model and pass the nn.Module"
+        hint = "of files, .onnx can be compiled; else load the model and pass the nn.Module"
     raise MoecError("MOEC209", f"moec compiles an nn.Module, not {what}", hint=hint)
 
 

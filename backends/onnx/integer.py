@@ -23,7 +23,7 @@ def quantize(emit: Emitter, x: Any) -> tuple[Any, Any]:
     # Only a row of zeros has no scale of its own.
     scale = emit.op("Where", zero, emit.scalar(1, "f32"), emit.op("Div", most, emit.scalar(127, "f32")), name="scale")
     # A row with a not-a-number has none as its scale either, which ReduceMax may overlook; 0 is added to all others.
-    sums = emit.op("ReduceL1", x, emit.ints(-1), keepdims=1)
+    sums = emit.op("ReduceSum", x, emit.ints(-1), keepdims=1)
     scale = emit.op("Add", scale, emit.op("Mul", sums, emit.scalar(0, "f32")))
     return emit.op("Round", emit.op("Div", x, scale), name="rounded"), scale
 

@@ -102,8 +102,8 @@ class _Places:
         self._addresses = self._where(self._tensors)
 
     @staticmethod
-    def _where(tensors: Sequence[Any]) -> list[tuple[int, tuple[int, ...]]]:
-        return [(t.data_ptr(), t.stride()) for t in tensors]
+    def _where(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return [(t.data_ptr(), t.stride(), t.shape, t.dtype, t.device) for t in tensors]
 
     def same(self) -> bool:
         """Whether every module and parameter is still the one it was, with its memory where it was."""
@@ -135,6 +135,7 @@ class WeightStore:
         self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
         self._places: _Places | None = None
         self._placement = 0
+        self._seen: tuple[int, list[torch.Tensor], list[tuple[Any, ...]]] | None = None
         self._even = {name: _even_step(entry) for name, entry in self.views.items() if isinstance(entry, tuple)}
 
     @property
@@ -154,7 +155,8 @@ class WeightStore:
         """
         for check in self._checks.values():
             check()
-        if self._places is None or not self._places.same():
+        places = self._places
+        if places is None or not places.same():
             self._places = None
             self.check()
             places = _Places(list(self._homes.values()))
@@ -230,9 +232,13 @@ class WeightStore:
 
     def version(self) -> Hashable:
         """Changes when a parameter is replaced, moved, cast or written in place; `p.data` writes are not seen."""
-        return tuple(
-            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in map(self.param, self._homes)
-        )
+        tensors = list(map(self.param, self._homes))
+        looks = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in tensors]
+        seen = self._seen
+        # Compared as objects: a number or an address may come back with another tensor.
+        if seen is None or not (all(map(is_, tensors, seen[1])) and looks == seen[2]):
+            self._seen = seen = (seen[0] + 1 if seen is not None else 0, tensors, looks)
+        return seen[0]
 
     @property
     def nbytes(self) -> int:

@@ -33,7 +33,7 @@ def copy_experts(w: torch.Tensor, experts: Ints) -> torch.Tensor:
     length = rows * columns // slices
     step = w.stride(0) // length
     source = w.as_strided(((w.shape[0] - 1) * step + slices, length), (length, 1))
-    index = (index.unsqueeze(1) * step + torch.arange(slices)).view(-1)
+    index = (index.unsqueeze(1) * step + torch.arange(slices, device="cpu")).view(-1)
     torch.index_select(source, 0, index, out=result.view(-1, length))
     return result
 

@@ -32,6 +32,8 @@ class Machine:
 
 def onednn_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     """x[M, C], w[N, C] plain or packed, b[N]? -> [M, N], all of one dtype."""
+    # It takes any bias for a contiguous one.
+    b = b if b is None else b.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -53,7 +55,7 @@ def _onednn_works() -> bool:
     """Whether the packed product exists and gives the right numbers; it is no public interface of torch."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    x, w = torch.arange(48.0).view(3, 16), torch.arange(320.0).view(20, 16)
+    x, w = torch.arange(48.0, device="cpu").view(3, 16), torch.arange(320.0, device="cpu").view(20, 16)
     try:
         packed = onednn_linear(x, onednn_pack(w))
         return torch.equal(packed, x @ w.T) and torch.equal(onednn_linear(x, w), x @ w.T)

@@ -177,4 +177,4 @@ def _take_apart(first: Product, layout: str) -> tuple[Product, Product | None]:
 def bias_rows(b: Experts, experts: list[int], counts: list[int], dtype: torch.dtype) -> torch.Tensor:
     """b[E, N] -> [sum(counts), N]: the bias of each row, when expert experts[i] has counts[i] rows in a row."""
     picked = torch.stack([b[e] for e in experts]).to(dtype)
-    return picked.repeat_interleave(torch.tensor(counts), 0, output_size=sum(counts))
+    return picked.repeat_interleave(torch.tensor(counts, device="cpu"), 0, output_size=sum(counts))

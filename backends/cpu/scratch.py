@@ -28,8 +28,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     found = _buffers.by_use.get((name, dtype))
     if found is None or found.numel() < size:
         if size * dtype.itemsize > MAX_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            found = _buffers.by_use[name, dtype] = torch.empty(size, dtype=dtype)
+            found = _buffers.by_use[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return found[:size].view(shape)

@@ -45,8 +45,8 @@ def run_tables_as_they_come(
     y = _rows(layer, tables, ids.reshape(-1).long(), x.repeat_interleave(k, 0))
     if num_tokens == 1:
         return combine_one(y, weights)
-    starts = torch.arange(0, num_tokens * k, k)
-    return weighted(y, torch.arange(num_tokens * k), starts, weights.reshape(-1))
+    starts = torch.arange(0, num_tokens * k, k, device="cpu")
+    return weighted(y, torch.arange(num_tokens * k, device="cpu"), starts, weights.reshape(-1))
 
 
 def _rows(layer: Layer, tables: dict[str, torch.Tensor], ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -60,8 +60,8 @@ def _rows(layer: Layer, tables: dict[str, torch.Tensor], ids: torch.Tensor, x: t
 def _product(product: Product, table: torch.Tensor, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x[S, C], ids[S] -> [S, N]: each row by its expert's matrix."""
     num_slots, inputs = x.shape
-    index = (ids.unsqueeze(1) * inputs + torch.arange(inputs)).view(-1)
-    y = bags(table, index, torch.arange(0, num_slots * inputs, inputs), x.reshape(-1))
+    index = (ids.unsqueeze(1) * inputs + torch.arange(inputs, device="cpu")).view(-1)
+    y = bags(table, index, torch.arange(0, num_slots * inputs, inputs, device="cpu"), x.reshape(-1))
     if product.b is not None:
         b = product.b
         y += b.index_select(0, ids) if isinstance(b, torch.Tensor) else torch.stack([b[e] for e in ids.tolist()])

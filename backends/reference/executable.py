@@ -99,14 +99,16 @@ class RegionExecutable:
 
     def _weights(self) -> dict[str, Experts]:
         """The weights that a call needs, in a dict of its own."""
-        if not self._keeps:
-            return self._read_weights()
+        return dict(self.kept().values) if self._keeps else self._read_weights()
+
+    def kept(self) -> Kept:
+        """What calls read of the weights: the same object until one moved, or a copy of weights was made anew."""
         placement, held = self._store.placement(), self._current()
         kept = self._kept
         if kept is None or kept.placement != placement or kept.held is not held:
             read = {name: _all_read(experts) for name, experts in self._read_weights().items()}
             self._kept = kept = Kept(placement, held, self._from_weights(read))
-        return dict(kept.values)
+        return kept
 
     def _from_weights(self, values: dict[str, Experts]) -> dict[str, Experts]:
         """The weights, and whatever else is to be kept with them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -48,6 +48,7 @@ class TritonExecutable(RegionExecutable):
         """The region's outputs. Raises MOEC404 also for inputs elsewhere than the kernels run."""
         first = inputs[0] if inputs else None
         if not isinstance(first, torch.Tensor) or first.device.type != self._device:
+            self._let_go()
             where = getattr(first, "device", "nowhere")
             raise MoecError(
                 "MOEC404",
@@ -66,12 +67,11 @@ class TritonExecutable(RegionExecutable):
         if express is None:
             return super().__call__(*inputs)
         key = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-        found = express.run(key, inputs, self._store)
-        if found is not None:
-            return found
-        placement, version = self._store.placement(), self._store.version() if self._pack else None
-        found = super().__call__(*inputs)
-        express.learn(key, inputs[0].device, placement, version)
+        kept = self.kept()
+        found = express.run(key, inputs, kept)
+        if found is None:
+            found = super().__call__(*inputs)
+            express.learn(key, inputs[0].device, kept)
         return found
 
     @property
@@ -85,9 +85,13 @@ class TritonExecutable(RegionExecutable):
 
         tune_new(self)
 
-    def placement(self) -> Hashable:
-        """Changes when a weight is elsewhere than the kernels were told. Raises what the weights raise."""
-        return self._store.placement()
+    def _let_go(self) -> None:
+        """Hold on to no memory of weights that are elsewhere now."""
+        self._kept = None
+        if self._express is not None:
+            self._express.forget()
+        for fused in self.fused:
+            fused.forget()
 
     def _from_weights(self, values: dict[str, Experts]) -> dict[str, Experts]:
         at = Frame(values, self._opaques, {})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moec.backendbase import Weights
+from moec.backends.reference.executable import Kept
 from moec.backends.reference.steps import Step
 from moec.backends.triton.fused import TritonFused
 from moec.backends.triton.prepare import Prepared
@@ -26,8 +26,8 @@ class Express:
     def __init__(self, fused: TritonFused, places: tuple[int, ...]) -> None:
         self._fused, self._places = fused, places
         self._known: set[Hashable] = set()
-        # Replaced as one, so that a call never sees kernels of one placement and the number of another.
-        self._state: tuple[Hashable, Hashable, torch.device, Prepared] | None = None
+        # Replaced as one, so that a call never sees the kernels of one state of the weights with another.
+        self._state: tuple[Kept, torch.device, Prepared] | None = None
 
     @classmethod
     def of(cls, region: Region, steps: Sequence[Step]) -> Express | None:
@@ -44,26 +44,24 @@ class Express:
         return cls(fused, tuple(inputs.index(v.name) for v in operands)) if straight and flat else None
 
     def run(
-        self, key: tuple[Any, ...], inputs: tuple[torch.Tensor, ...], weights: Weights
+        self, key: tuple[Any, ...], inputs: tuple[torch.Tensor, ...], kept: Kept
     ) -> tuple[torch.Tensor, ...] | None:
-        """The region's output; None if inputs of this kind are new or a weight moved. Raises as `placement`."""
+        """The region's output; None if inputs of this kind are new, or `kept` is not what the kernels read."""
         state = self._state
-        if state is None or key not in self._known or key[0][2] != state[2]:
+        if state is None or state[0] is not kept or key not in self._known or key[0][2] != state[1]:
             return None
-        placement, version, _, prepared = state
-        if placement != weights.placement() or (version is not None and version != weights.version()):
-            return None
-        return (prepared(*[inputs[place] for place in self._places]),)
+        return (state[2](*[inputs[place] for place in self._places]),)
 
-    def learn(self, key: Hashable, device: torch.device, placement: Hashable, version: Hashable | None) -> None:
-        """After a call by the long way: inputs of this kind may come by the express way from now on.
-
-        `placement` and `version` are those from before that call: what moved meanwhile shows on the next one.
-        """
-        prepared = self._fused.prepared_for(device)
+    def learn(self, key: Hashable, device: torch.device, kept: Kept) -> None:
+        """After a call by the long way with `kept`: inputs of this kind may come by the express way from now on."""
+        prepared = self._fused.prepared_for(device, kept.values)
         if prepared is None:
             return
         if len(self._known) >= MOST_KINDS:
             self._known.clear()
         self._known.add(key)
-        self._state = (placement, version, device, prepared)
+        self._state = (kept, device, prepared)
+
+    def forget(self) -> None:
+        """Let go of the kernels and the weights that they read."""
+        self._state = None

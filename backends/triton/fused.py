@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
@@ -79,23 +80,24 @@ class TritonFused:
         """Prepare for the weights in the frame."""
         self._prepared(at, at.device)
 
-    def prepared_for(self, device: torch.device) -> Prepared | None:
-        """The kernels that the last call on a device ran, None where it ran by its meaning."""
+    def prepared_for(self, device: torch.device, values: Mapping[str, Experts] | None = None) -> Prepared | None:
+        """The kernels of a device, of these very weights where some are given; None where there are none."""
         held = self._held.get(device)
-        return None if held is None else held.prepared
+        return None if held is None or (values is not None and not self._same(held, values)) else held.prepared
+
+    def forget(self) -> None:
+        """Let go of all kernels and the weights that they read."""
+        self._held.clear()
 
     def _prepared(self, at: Frame, device: torch.device) -> _Held:
         held = self._held.get(device)
-        if held is not None and self._same(held, at):
+        if held is not None and self._same(held, at.values):
             return held
         with self._lock:
             held = self._held.get(device)
-            return held if held is not None and self._same(held, at) else self._prepare(at, device)
+            return held if held is not None and self._same(held, at.values) else self._prepare(at, device)
 
-    def _same(self, held: _Held, at: Frame) -> bool:
-        if self._packs:  # the copies are made anew by `pack`
-            return True
-        values = at.values
+    def _same(self, held: _Held, values: Mapping[str, Experts]) -> bool:
         return all(values[name] is source for name, source in zip(self._names.values(), held.sources, strict=True))
 
     def _prepare(self, at: Frame, device: torch.device) -> _Held:
@@ -105,5 +107,6 @@ class TritonFused:
             held = _Held(sources, prepare(self.op, Operands(**operands), device, pack=self._packs), "")
         except CannotPrepareError as error:
             held = _Held(sources, None, str(error))
-        self._held[device] = held
+        # Only of one device: weights that moved leave no copies of themselves behind.
+        self._held = {device: held}
         return held

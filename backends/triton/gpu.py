@@ -23,8 +23,8 @@ class GpuFacts:
 
     @property
     def hopper(self) -> bool:
-        """Whether it has TMA, warp-group products and programmatic dependent launch."""
-        return self.capability >= (9, 0)
+        """Whether it has TMA, programmatic dependent launch, and shared memory for the tiles that go with them."""
+        return self.capability >= (9, 0) and self.shared_bytes >= 200 << 10
 
 
 INTERPRETER = GpuFacts("interpreter", (9, 0), 4, 50 << 20, 227 << 10, interpreted=True)

@@ -93,7 +93,7 @@ class GraphedExecutable:
         self._fills = [-1 if value.type.dtype in ("i32", "i64") else 0 for value in region.inputs]
         self._why = "" if by_row(region) else "its rows depend on each other, so buckets would change results"
         self._graphs: dict[Any, _Graph] = {}
-        self._placement: object = None
+        self._kept: object = None
         self._lock = Lock()
 
     @property
@@ -124,11 +124,11 @@ class GraphedExecutable:
         if self._why or not inputs or not self._takes(inputs):
             return self.inner(*inputs)
         rows = inputs[0].shape[0]
-        placement = self.inner.placement()
-        if placement != self._placement:
+        kept = self.inner.kept()
+        if kept is not self._kept:
             with self._lock:
                 self._graphs.clear()
-                self._placement = placement
+                self._kept = kept
         bucket = next(size for size in BUCKETS if size >= rows)
         key = (bucket, torch.cuda.current_stream().cuda_stream, *((t.dtype, t.shape[1:], t.device) for t in inputs))
         found = self._graphs.get(key)
@@ -147,6 +147,11 @@ class GraphedExecutable:
         return same and 0 < rows <= BUCKETS[-1] and not torch.cuda.is_current_stream_capturing()
 
     def _capture(self, key: Any, inputs: Sequence[torch.Tensor], bucket: int) -> _Graph:
+        # Buffers made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return self._capture_plainly(key, inputs, bucket)
+
+    def _capture_plainly(self, key: Any, inputs: Sequence[torch.Tensor], bucket: int) -> _Graph:
         buffers = []
         for given, fill in zip(inputs, self._fills, strict=True):
             buffer = given.new_full((bucket, *given.shape[1:]), fill)

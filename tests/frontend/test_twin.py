@@ -260,3 +260,16 @@ def test_other_example_inputs_are_kept() -> None:
     assert made[0]["n"] == 3
     assert (made[0]["x"].shape, made[0]["x"].dtype) == ((2, 3), torch.bfloat16)
     assert Remade(None).make() is None
+
+
+def test_small_parameters_with_gaps_are_read_where_they_lie() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    first = model[0]
+    assert isinstance(first, nn.Linear)
+    first.bias = nn.Parameter(torch.randn(16, 2)[:, 0])
+    x = torch.randn(5, 8)
+    for inplace in (False, True):
+        wanted = model(x)
+        fast = moec.compile(model, inplace=inplace)
+        assert len(fast.moec.report.compiled) == 1
+        assert torch.allclose(fast(x), wanted, atol=1e-5)

@@ -257,3 +257,13 @@ def test_bytes_are_those_of_the_parameters() -> None:
     store = WeightStore(Weights(), views)
     assert store.nbytes == 4 * (E * N * C + N * C)
     assert set(store.params) == {"stack", "dense.weight"}
+
+
+def test_the_version_tells_apart_tensors_that_took_each_others_place() -> None:
+    module = Weights()
+    store = WeightStore(module, VIEWS)
+    for _ in range(50):
+        before = store.version()
+        for seed in (1, 2):
+            module.stack = nn.Parameter(rand(E, N, C, seed=seed))
+        assert store.version() != before

@@ -240,3 +240,29 @@ def test_inference_mode_and_plain_mode_share_buffers() -> None:
 def test_packed_is_one_of_the_ways_where_onednn_is() -> None:
     if torch.backends.mkldnn.is_available():
         assert PACKED in make(6, 32, 24).ways()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_biases_with_gaps(dtype: torch.dtype) -> None:
+    """Large enough for oneDNN, which takes any bias for a contiguous one."""
+    case = make(2, 256, 512, dtype=dtype, bias=True)
+    for name in ("b_in", "b_out"):
+        bias = case.weights[name]
+        assert isinstance(bias, torch.Tensor)
+        wide = torch.full((*bias.shape, 3), 9.0, dtype=dtype)
+        wide[..., 1] = bias
+        case.weights[name] = wide[..., 1]
+    strided = Case(case.op, case.weights, dtype, case.experts)
+    for way in strided.ways():
+        for tokens in (1, 70):
+            assert_right(strided, way, *inputs(strided, tokens, 2))
+
+
+def test_a_default_device_is_no_matter() -> None:
+    case = make(6, 32, 24)
+    given = inputs(case, 20, 2)
+    for way in case.ways():
+        wanted = case.run(way, *given)
+        with torch.device("meta"):
+            assert torch.equal(case.run(way, *given), wanted)
+        assert torch.equal(case.run(way, *given), wanted)

@@ -50,6 +50,7 @@ def export(model: Any, path: Any, example_inputs: Any = None, **options: Any) ->
     report = ExportReport(
         source=type(model).__name__, path=settings.path, target=settings.target, quantize=settings.quantize
     )
+    report.notes += _target_notes(settings)
     start = time.perf_counter()
     with show_progress("export") as say:
         written = write(model, _example(example_inputs), settings, report, say)
@@ -66,6 +67,7 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
         raise MoecError("MOEC209", f"moec exports an nn.Module or an .onnx file, not {source}", hint=hint)
     check_target(settings.path, source)
     report = ExportReport(str(source), settings.path, settings.target, settings.quantize)
+    report.notes += _target_notes(settings)
     start = time.perf_counter()
     with show_progress("export") as say:
         made = rewrite(source, settings, report, say)
@@ -103,6 +105,13 @@ def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return given, {}
     hint = "pass a tuple of positional or a dict of keyword arguments"
     raise MoecError("MOEC213", f"example_inputs is a {type(given).__name__}", hint=hint)
+
+
+def _target_notes(settings: Settings) -> list[str]:
+    if settings.target == "portable":
+        return []
+    own = "ONNX Runtime's own MoE ops are not used yet, so the file is the portable one"
+    return [f"target {settings.target}: {own}" + (", not run on a GPU" if settings.target == "cuda" else "")]
 
 
 def finish(written: Written, settings: Settings, report: ExportReport) -> None:

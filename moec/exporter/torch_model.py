@@ -26,6 +26,7 @@ from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.exporter.traced import Layout, layer_key, marked, results, take_apart, trace
 from moec.frontends.torch.analyse import Analysis, analyse
+from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.twin import make_probe, make_twin
@@ -55,6 +56,7 @@ def write(
     say: Say,
 ) -> Written:
     """The model as onnx-ir, checked. Raises MOEC701 to 705 and what analysing the model raises."""
+    _check_kind(model)
     args, kwargs = example[0], _without_cache(model, example[1])
     twin = make_twin(model).eval()
     placed, layers = _place_all(model, (args, kwargs), settings, report, say)
@@ -92,6 +94,7 @@ def _place_all(
             one = _place(lifted, model, settings, report)
             if one is not None:
                 placed[layer_key(lifted)] = one
+                _note_assumptions(lifted, report)
                 layers.append(lifted)
     finally:
         watch.undo()
@@ -123,6 +126,34 @@ def _report_rest(analysis: Analysis, wanted: Sequence[Lifted], report: ExportRep
     report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=why) for one in kept]
     report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=one.reason) for one in analysis.refused]
     report.notes += analysis.notes
+
+
+def _check_kind(model: nn.Module) -> None:
+    """MOEC503 for what cannot be checked here: 16 bits, which numpy and ONNX Runtime's CPU hold in part, and GPUs."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
+            what = f"models in {parameter.dtype} are not exported yet: {name}"
+            raise MoecError("MOEC503", what, hint="export model.float()")
+        if parameter.device.type != "cpu":
+            hint = 'export model.to("cpu"); the file has no device'
+            raise MoecError(
+                "MOEC503", f"exports are checked on the CPU, and {name} is on {parameter.device}", hint=hint
+            )
+
+
+ASSUMED = {
+    "dense": "its router gives a weight for every expert; the file takes at most {slots} experts a token, as the probes showed",
+    "mask": "its router gives one-hot rows; the file takes the first expert of a row",
+}
+
+
+def _note_assumptions(lifted: Lifted, report: ExportReport) -> None:
+    """What compiled layers check on each call, and a file cannot."""
+    call = lifted.call
+    form = call.roles.form if isinstance(call, DirectCall) else getattr(call, "form", None)
+    slots = call.roles.slots if isinstance(call, DirectCall) else getattr(call, "num_slots", 1)
+    if form in ASSUMED:
+        report.notes.append(f"{lifted.name or 'the model'}: {ASSUMED[form].format(slots=slots)}")
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

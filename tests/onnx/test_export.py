@@ -163,6 +163,7 @@ class Strict(nn.Module):
         ("model.pt", (torch.zeros(2, 16),), {}, "MOEC209"),
         (nn.Linear(4, 4), (torch.zeros(2, 4),), {}, "MOEC705"),
         (Strict(), (torch.randn(3, 16),), {}, "MOEC702"),
+        (OneLayer().bfloat16(), (torch.randn(3, 16).bfloat16(),), {}, "MOEC503"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -171,6 +172,14 @@ def test_refusals_write_nothing(model: Any, example: Any, options: dict[str, Any
         moec.export(model, tmp_path / "out.onnx", example, **options)
     assert caught.value.code == code, caught.value
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_file_cannot_check_is_noted(tmp_path: Path) -> None:
+    report = moec.export(models.model("switch"), tmp_path / "m.onnx", models.inputs("switch"), target="cuda")
+    assert report.notes[0] == (
+        "target cuda: ONNX Runtime's own MoE ops are not used yet, so the file is the portable one, not run on a GPU"
+    )
+    assert any("one-hot rows; the file takes the first expert" in note for note in report.notes)
 
 
 def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

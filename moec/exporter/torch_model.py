@@ -142,7 +142,7 @@ def _check_kind(model: nn.Module) -> None:
 
 
 ASSUMED = {
-    "dense": "its router gives a weight for every expert; the file takes at most {slots} experts a token, as the probes showed",
+    "dense": "its router gives a weight for every expert; the file takes at most {slots} experts a token",
     "mask": "its router gives one-hot rows; the file takes the first expert of a row",
 }
 

@@ -105,6 +105,8 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
         region, more = run(lifted.region, passes)
         logs = more
         executable = _build(lifted, region, backend, options)
+        if options.tunes and isinstance(executable, Tunes):
+            executable.tune()
         layer.numerics_error = _numerics_error(lifted, executable)
     _describe(layer, region, logs, executable, backend, lifted)
     return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict, training)

@@ -10,8 +10,9 @@ from typing import Any
 from moec.backends.onnx import activations
 from moec.backends.onnx.combining import sum_slots
 from moec.backends.onnx.grouping import count_rows, expert_keys, gather, groups_of, sort
+from moec.backends.onnx.integer import ByteRows
 from moec.backends.onnx.lowering import Groups, Lowering, wide_dtype
-from moec.backends.onnx.products import dense, grouped
+from moec.backends.onnx.products import dense, grouped, in_integers
 from moec.ir import DenseFfn, ExpertFfn, ExpertGlu, Gather
 from moec.ir.ops_fused import FusedActivation
 
@@ -27,7 +28,11 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> list[Any]:
     k = op.experts.type.shape[1].constant
     slots = emit.number(k) if k is not None else emit.shape_of(low.value(op.experts), 1)
     token = order if k == 1 else emit.op("Div", order, slots, name="token_of_row")
-    rows = emit.op("Gather", low.wide(op.x), token, axis=0, name="rows")
+    x = low.wide(op.x)
+    if in_integers(low, op.scale_in, kind):
+        rows = ByteRows.of(emit, x).gather(emit, token)
+    else:
+        rows = emit.op("Gather", x, token, axis=0, name="rows")
     a = _activated(op, low, rows, groups, kind)
     y = grouped(low, a, groups, op.w_out, op.b_out, op.scale_out, kind)
     total = _weighted(op, low, y, order, inside, kind)

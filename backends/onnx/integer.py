@@ -6,6 +6,7 @@ others. Rows are sent as uint8 around 128, because ONNX Runtime has no fast prod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,33 @@ def _product(low: Lowering, rows: Any, matrix: torch.Tensor, scale: torch.Tensor
     return emit.op("Mul", sums, emit.tensor(f"{name}.scale", scale))
 
 
-def grouped_integer(low: Lowering, rows: Any, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
-    """rows f32[R, C] sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
+@dataclass(frozen=True)
+class ByteRows:
+    """Rows rounded to int8: uint8[R, C] around 128, and the scale of each, f32[R, 1]."""
+
+    bytes: Any
+    scale: Any
+
+    @classmethod
+    def of(cls, emit: Emitter, rows: Any) -> ByteRows:
+        q, scale = quantize(emit, rows)
+        return cls(as_bytes(emit, q), scale)
+
+    def gather(self, emit: Emitter, token: Any) -> ByteRows:
+        """Those of the tokens named, each token rounded once however many experts it goes to."""
+        found = emit.op("Gather", self.bytes, token, axis=0, name="rows")
+        return ByteRows(found, emit.op("Gather", self.scale, token, axis=0, name="scales"))
+
+
+def grouped_integer(low: Lowering, rows: ByteRows, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
+    """Rows sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
     from moec.backends.onnx.products import parted, together  # which chooses between this and exact products
 
     emit = low.emit
     experts, outputs = w.type.shape[0].constant or 0, w.type.shape[1].constant or 0
-    q, factors = quantize(emit, rows)
-    parts = parted(low, as_bytes(emit, q), groups, experts)
+    parts = parted(low, rows.bytes, groups, experts)
     found = [_product(low, parts[e], low.matrix(w, e), low.matrix(scale, e), f"expert_{e}") for e in range(experts)]
-    sums = emit.op("Mul", together(low, found, groups, outputs, "f32"), factors)
+    sums = emit.op("Mul", together(low, found, groups, outputs, "f32"), rows.scale)
     return sums if b is None else emit.op("Add", sums, _biases(low, b, groups, experts))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moec.backends.onnx.grouping import groups_of
-from moec.backends.onnx.integer import grouped_integer, integer_linear, quantize
+from moec.backends.onnx.integer import ByteRows, grouped_integer, integer_linear, quantize
 from moec.backends.onnx.lowering import Groups, Lowering, wide_dtype
 from moec.ir import GroupedLinear, Linear, QuantizeRows, Value
 
@@ -50,8 +50,12 @@ def grouped_linear(op: GroupedLinear, low: Lowering) -> list[Any]:
 
 def grouped(low: Lowering, rows: Any, groups: Groups, w: Value, b: Value | None, scale: Value | None, kind: str) -> Any:
     """rows[R, C] in f32 or f64, sorted by expert -> [R, N], not rounded; rows of no expert come out as zeros."""
-    if scale is not None and low.products == "integer" and kind == "f32":
+    if isinstance(rows, ByteRows):
+        assert scale is not None, "rows are rounded to int8 for i8 weights"
         return grouped_integer(low, rows, groups, w, b, scale)
+    if in_integers(low, scale, kind):
+        assert scale is not None
+        return grouped_integer(low, ByteRows.of(low.emit, rows), groups, w, b, scale)
     emit = low.emit
     experts, outputs = _counted(w)
     parts = parted(low, rows, groups, experts)
@@ -61,6 +65,11 @@ def grouped(low: Lowering, rows: Any, groups: Groups, w: Value, b: Value | None,
         bias = [] if b is None else [_as(low, low.expert(b, e), b, kind)]
         found.append(emit.op("Gemm", parts[e], matrix, *bias, transB=1, name=f"expert_{e}"))
     return together(low, found, groups, outputs, kind)
+
+
+def in_integers(low: Lowering, scale: Value | None, kind: str) -> bool:
+    """Whether a product with these weights is taken in int8."""
+    return scale is not None and low.products == "integer" and kind == "f32"
 
 
 def parted(low: Lowering, rows: Any, groups: Groups, experts: int) -> list[Any]:

@@ -1,0 +1,61 @@
+"""int8 weights with rows rounded to int8, over routings that are easy to get wrong. T tokens, D model width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moec.backends.onnx.lower import region_model
+from moec.backends.onnx.runtime import run, session
+from moec.exporter.check import check_region
+from moec.exporter.lowerings import optimised, ways
+from moec.exporter.settings import Settings
+from moec.ir import Region
+from tests.backends.running import Weights
+from tests.passes.layers import dense_layer, mixtral_layer
+
+FORMS: list[dict[str, Any]] = [
+    {"layout": "concat", "fn": "silu"},
+    {"layout": "pair", "fn": "gelu", "bias": True},
+    {"layout": "none", "fn": "relu", "bias": True},
+    {"layout": "interleaved", "fn": "silu", "alpha": 1.702, "limit": 7.0, "up_shift": 1.0, "bias": True},
+]
+
+
+def store(region: Region) -> Any:
+    """Random weights for every reference."""
+    weights = Weights()
+    for ref, type in region.weights.items():
+        tensor = torch.randn(type.evaluate({})) / max(1, type.shape[-1].evaluate({})) ** 0.5
+        many = "order" in str(region) or type.rank == 3
+        weights.stacked(ref, tensor) if many else weights.dense(ref, tensor)
+    return weights.store()
+
+
+@pytest.mark.parametrize("at", FORMS, ids=lambda at: str(at["layout"]))
+@pytest.mark.parametrize("make", ["experts", "dense"])
+def test_every_form_stays_near(make: str, at: dict[str, Any]) -> None:
+    region = mixtral_layer("m", e=6, k=2, d=32, f=24, **at) if make == "experts" else dense_layer("m", d=32, f=24, **at)
+    weights = store(region)
+    exact = optimised(region)
+    way = next(ways(exact, Settings.make("m.onnx", quantize="int8")))
+    assert way.products == "integer"
+    check = check_region(exact, way.region, weights, way.products, 2e-6)
+    assert check.passed, check.why
+    assert 1e-4 < check.max_error < 0.06
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    region = mixtral_layer("m", e=6, k=2, d=32, f=24, layout="concat", fn="silu")
+    weights = store(region)
+    way = next(ways(optimised(region), Settings.make("m.onnx", quantize="int8")))
+    runtime = session(region_model(way.region, weights, products=way.products))
+    x, ids, factors = torch.randn(9, 32), torch.randint(0, 6, (9, 2), dtype=torch.int32), torch.rand(9, 2)
+    (alone,) = run(runtime, [x[3:4], ids[3:4], factors[3:4]])
+    x[5] *= 1e6
+    x[7] = float("nan")
+    (together,) = run(runtime, [x, ids, factors])
+    assert torch.equal(together[3], alone[0])
+    assert together.isnan().all(1).tolist() == [i == 7 for i in range(9)]

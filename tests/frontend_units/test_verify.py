@@ -189,3 +189,23 @@ def test_sixteen_bits_keep_what_is_no_number() -> None:
     assert run(torch.clone).passed
     assert run(lambda x: spoil(x, 1.0)).why == "a number where the original has none"
     assert not run(lambda x: spoil(x, 1.0).index_fill(0, torch.tensor([3]), NAN)).passed
+
+
+class Cache:
+    """Like a cache of keys and values: an object that equals nothing but itself."""
+
+    def __init__(self, keys: torch.Tensor, kind: str = "dynamic", inner: object = None) -> None:
+        self.keys, self.kind, self.inner = keys, kind, inner
+
+
+def test_objects_are_compared_by_what_they_hold() -> None:
+    x = torch.randn(3)
+    same = compare_results((x, Cache(x, inner=[Cache(x)])), (x, Cache(x.clone(), inner=[Cache(x.clone())])))
+    assert (same.mismatch, same.l2) == ("", 0.0)
+    assert compare_results(Cache(x), Cache(2 * x)).l2 == pytest.approx(0.5)
+    assert compare_results(Cache(x), Cache(x, "static")).mismatch == "'dynamic' instead of 'static'"
+    assert compare_results(Cache(x, inner=[Cache(x)]), Cache(x, inner=[Cache(x[:2])])).mismatch.startswith("shape")
+    assert compare_results(Cache(x), object()).mismatch
+    endless, other = Cache(x), Cache(x)
+    endless.inner, other.inner = endless, other
+    assert compare_results(endless, other).mismatch

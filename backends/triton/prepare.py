@@ -51,10 +51,6 @@ class Prepared:
         found = lookup(self.shape, k, tokens, self.facts.name) if tokens else None
         return found or choose(self.shape, tokens, k, self.facts)
 
-    def describe(self) -> str:
-        """The plans by number of tokens, in one line."""
-        return "; ".join(f"T={tokens}: {self.plan(tokens)}" for tokens in (1, 64, 4096))
-
     def __call__(
         self,
         x: torch.Tensor,

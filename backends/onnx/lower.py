@@ -13,7 +13,8 @@ import torch
 
 from moec.backendbase import Weights
 from moec.backends.onnx.emitter import DTYPES, OPSET, Emitter
-from moec.backends.onnx.lowering import Lowering, Products
+from moec.backends.onnx.form import EXACT, Form
+from moec.backends.onnx.lowering import Lowering
 from moec.backends.onnx.table import LOWERINGS, unsupported
 from moec.backends.reference.frame import Frame
 from moec.backends.reference.joined import Experts
@@ -29,7 +30,7 @@ def lower(
     emit: Emitter,
     inputs: Sequence[Any],
     *,
-    products: Products = "exact",
+    form: Form = EXACT,
     chosen: Sequence[str] = (),
 ) -> list[Any]:
     """Append the region's nodes to `emit`, over these values for its inputs; gives the values of its outputs.
@@ -39,7 +40,7 @@ def lower(
     """
     verify(region)
     check(region)
-    low = Lowering(emit, held_weights(region, weights), products=products)
+    low = Lowering(emit, held_weights(region, weights), form=form)
     low.chosen.update(chosen)
     for value, found in zip(region.inputs, inputs, strict=True):
         low.values[value.name] = found
@@ -87,12 +88,12 @@ def held_weights(region: Region, weights: Weights) -> dict[str, Experts]:
     return at.values
 
 
-def region_model(region: Region, weights: Weights, *, products: Products = "exact") -> Any:
+def region_model(region: Region, weights: Weights, *, form: Form = EXACT) -> Any:
     """The region alone as an onnx-ir model; its inputs and outputs have the names they have in the IR."""
     emit = Emitter(region.name)
     inputs = [ir.Value(name=v.name, shape=_shape(v.type), type=_type(v.type)) for v in region.inputs]
     outputs = []
-    for value, found in zip(region.outputs, lower(region, weights, emit, inputs, products=products), strict=True):
+    for value, found in zip(region.outputs, lower(region, weights, emit, inputs, form=form), strict=True):
         named = emit.op("Identity", found)
         named.name, named.shape, named.type = f"out:{value.name}", _shape(value.type), _type(value.type)
         outputs.append(named)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from moec.backends.onnx.emitter import Emitter
+from moec.backends.onnx.form import EXACT, Form
 from moec.backends.reference.joined import Experts, whole
 from moec.ir import Dim, Value
-
-Products = Literal["exact", "integer"]
-"""How i8 weights are multiplied: widened first, which is what the ops mean, or as int8 with rows rounded to int8."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Groups:
 class Lowering:
     """What the lowerings of ops share."""
 
-    def __init__(self, emit: Emitter, held: Mapping[str, Experts], *, products: Products) -> None:
-        self.emit, self.held, self.products = emit, held, products
+    def __init__(self, emit: Emitter, held: Mapping[str, Experts], *, form: Form = EXACT) -> None:
+        self.emit, self.held, self.form = emit, held, form
         self.values: dict[str, Any] = {}
         self.groups: dict[str, Groups] = {}
         # Ids that a router chose are experts; others may mean "no expert".

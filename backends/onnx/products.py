@@ -29,7 +29,8 @@ def linear(op: Linear, low: Lowering) -> list[Any]:
 def dense(low: Lowering, x: Any, w: Value, b: Value | None, scale: Value | None, kind: str, *, rank: int) -> Any:
     """x[..., C] in f32 or f64 with `rank` sizes, w[N, C] -> [..., N], not rounded."""
     emit = low.emit
-    if scale is not None and low.products == "integer" and kind == "f32":
+    if in_integers(low, scale, kind):
+        assert scale is not None
         return integer_linear(low, x, w, b, scale)
     matrix = widened(low, low.value(w), w, scale, None, kind)
     bias = None if b is None else _as(low, low.value(b), b, kind)
@@ -69,7 +70,7 @@ def grouped(low: Lowering, rows: Any, groups: Groups, w: Value, b: Value | None,
 
 def in_integers(low: Lowering, scale: Value | None, kind: str) -> bool:
     """Whether a product with these weights is taken in int8."""
-    return scale is not None and low.products == "integer" and kind == "f32"
+    return scale is not None and low.form.products in ("integer", "integer_to_float") and kind == "f32"
 
 
 def parted(low: Lowering, rows: Any, groups: Groups, experts: int) -> list[Any]:

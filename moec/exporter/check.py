@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from moec.backendbase import Weights, load_backend
+from moec.backends.onnx.form import Form
 from moec.backends.onnx.lower import region_model
-from moec.backends.onnx.lowering import Products
 from moec.backends.onnx.runtime import run, session
 from moec.exporter.probes import region_probes
 from moec.ir import Region
 from moec.verify import difference
 
-# int8 was asked for; more than this is no rounding.
-INT8_BAR = 0.1
+# Rounding to this many bits was asked for; a larger error is no rounding.
+ROUNDED_BARS = {8: 0.1, 4: 0.3}
 # Of a whole model in fp32, whose other layers round as well; the layers themselves are held to their own bar.
 MODEL_BAR = 1e-4
 # Routers of whole models may meet near ties; more than this is another router.
@@ -52,13 +52,13 @@ class Check:
             self.why = self.why or f"{label}: {found.mismatch or f'error {found.l2:.1e} above {self.bar:.0e}'}"
 
 
-def check_region(exact: Region, region: Region, weights: Weights, products: Products, bar: float) -> Check:
+def check_region(exact: Region, region: Region, weights: Weights, form: Form, bar: float) -> Check:
     """The region as it will be written, in ONNX Runtime, against the exact region by the meaning of its ops."""
     low = LOW_BARS.get(region.inputs[0].type.dtype, 0.0)
-    quantized = exact != region
-    check = Check(bar=INT8_BAR if quantized else max(bar, low), loose=10.0 if quantized else 1.0)
+    quantized = exact != region or form.rounds_weights
+    check = Check(bar=ROUNDED_BARS[form.bits] if quantized else max(bar, low), loose=10.0 if quantized else 1.0)
     judge = load_backend("reference").build(exact, weights, {})
-    runtime = session(region_model(region, weights, products=products))
+    runtime = session(region_model(region, weights, form=form))
     numpyless = region.inputs[0].type.dtype == "bf16"
     executable = load_backend("onnxruntime").build(region, weights, {}) if numpyless else None
     for label, inputs in region_probes(region):

@@ -9,20 +9,20 @@ from typing import Any
 
 from moec.backendbase import Weights
 from moec.backends.onnx.emitter import Emitter
+from moec.backends.onnx.form import EXACT, Form
 from moec.backends.onnx.lower import lower
-from moec.backends.onnx.lowering import Products
 from moec.exporter.marks import DOMAIN
 from moec.ir import Region
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What stands in a mark's place: a region over weights, and how its products are written."""
+    """What stands in a mark's place: a region over weights, and the form it is written in."""
 
     name: str
     region: Region
     weights: Weights
-    products: Products = "exact"
+    form: Form = EXACT
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def insert(model: Any, placed: Mapping[str, Placed]) -> list[Inserted]:
         key = node.attributes["layer"].as_string()
         one = placed[key]
         emit = Emitter(one.name or "model")
-        (output,) = lower(one.region, one.weights, emit, list(node.inputs), products=one.products)
+        (output,) = lower(one.region, one.weights, emit, list(node.inputs), form=one.form)
         _describe(emit, one)
         put_before(graph, node, emit)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.backendbase import Weights
-from moec.backends.onnx.lowering import Products
+from moec.backends.onnx.form import EXACT, INTEGER, Form
 from moec.exporter.check import check_region
 from moec.exporter.insert import Placed
 from moec.exporter.probes import num_experts
@@ -23,7 +23,7 @@ class Way:
 
     title: str
     region: Region
-    products: Products
+    form: Form
 
 
 def ways(exact: Region, settings: Settings) -> Iterator[Way]:
@@ -31,10 +31,10 @@ def ways(exact: Region, settings: Settings) -> Iterator[Way]:
     each = "sorted rows, a product for each expert" if num_experts(exact) > 1 else "a product for each matrix"
     if settings.quantize == "int8":
         quantized, _ = run(exact, default_passes(Options.make(quantize="int8")))
-        yield Way(f"{each}, int8 weights and rows", quantized, "integer")
-        yield Way(f"{each}, int8 weights widened before it", quantized, "exact")
+        yield Way(f"{each}, int8 weights and rows", quantized, INTEGER)
+        yield Way(f"{each}, int8 weights widened before it", quantized, EXACT)
         return
-    yield Way(each, exact, "exact")
+    yield Way(each, exact, EXACT)
 
 
 def optimised(region: Region) -> Region:
@@ -46,11 +46,11 @@ def place(region: Region, weights: Weights, settings: Settings, layer: ExportedL
     """The first way that passes its check, reported in `layer`; None where none does."""
     exact = optimised(region)
     for way in ways(exact, settings):
-        check = check_region(exact, way.region, weights, way.products, bar)
+        check = check_region(exact, way.region, weights, way.form, bar)
         if check.passed:
             layer.status, layer.lowering = "rewritten", way.title
             layer.max_error, layer.max_abs_error, layer.bar = check.max_error, check.max_abs_error, check.bar
-            return Placed(layer.name, way.region, weights, way.products)
+            return Placed(layer.name, way.region, weights, way.form)
         layer.tried.append(f"{way.title}: {check.why}")
     layer.status, layer.reason = "left alone", "no way to write it passed its check"
     return None

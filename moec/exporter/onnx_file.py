@@ -141,7 +141,7 @@ def _put(graph: Any, layer: Layer, placed: Placed) -> None:
         weights = emit.reshape(layer.routing, -1, k)
     else:
         weights = emit.op("Expand", emit.scalar(1, "f32"), emit.op("Shape", ids))
-    (y,) = lower(placed.region, placed.weights, emit, [x, ids, weights], products=placed.products, chosen=("experts",))
+    (y,) = lower(placed.region, placed.weights, emit, [x, ids, weights], form=placed.form, chosen=("experts",))
     if len(layer.y.shape) != 2:
         y = emit.op("Reshape", y, emit.op("Shape", layer.x), allowzero=1)
     emit.nodes[-1].doc_string = f"moec: {layer.name}\n{placed.region}"

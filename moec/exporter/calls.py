@@ -37,7 +37,8 @@ def _direct(call: DirectCall, mark: Mark, args: tuple[Any, ...], kwargs: dict[st
     else:
         selector = None if call.roles.selector is None else bound[call.roles.selector]
         weights = rows if call.roles.weights is None else bound[call.roles.weights]
-        y = mark(rows, *_routing(call.roles.form, selector, weights, rows.shape[0], call.experts, call.roles.slots))
+        chosen, lent = _routing(call.roles.form, selector, weights, rows.shape[0], call.experts, call.roles.slots)
+        y = mark(rows, chosen, lent if call.roles.scale == 1 else lent * call.roles.scale)
     return y.reshape([_size(size, x.shape) for size in call.out_shapes[x.dim()]])
 
 

@@ -166,6 +166,7 @@ def trace(
     try:
         with marked(twin, layers, _node), torch.no_grad(), _silent(), _casts_to_itself():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=sizes, strict=False)
+            _forget_bases(program)
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -190,6 +191,13 @@ def _sizes(rank: int, dynamic: Collection[int]) -> dict[int, Any]:
     """AUTO leaves it to torch whether the code between fixes a size after all."""
     kind = torch.export.Dim
     return {axis: kind.AUTO if axis in dynamic else kind.STATIC for axis in range(rank)}
+
+
+def _forget_bases(program: Any) -> None:
+    """torch writes guards on the sizes of what an input was a view of, while it traced, and then fails on them."""
+    code = getattr(program, "_guards_code", None)
+    if isinstance(code, list):
+        program._guards_code = [guard for guard in code if "._base" not in guard]
 
 
 @contextlib.contextmanager

@@ -48,6 +48,10 @@ def on_input(experts: nn.ModuleList, x: Tensor, index: Tensor, weights: Tensor) 
     return out
 
 
+def scaled(experts: nn.ModuleList, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return mix(experts, x, index, weights) * 0.8
+
+
 def gates(index: Tensor, weights: Tensor) -> Tensor:
     return torch.zeros(len(index), E).scatter(1, index, weights)
 
@@ -75,6 +79,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Roles]] = {
     ),
     "dense": (dense, lambda m, x, i, w: m.inner(x, gates(i, w)), Roles("x", None, "*0", "dense", False, K)),
     "unit": (unit, lambda m, x, i, w: m.inner(x, i[:, :1]) * w[:, :1], Roles("x", "*0", None, "unit", False, 1)),
+    "scaled": (scaled, lambda m, x, i, w: m.inner(x, i, w), Roles("x", "*0", "*1", "indices", False, K, 0.8)),
     "on the input": (on_input, lambda m, x, i, w: m.inner(x, i, w), Roles("x", "*0", "*1", "indices", True, K)),
 }
 

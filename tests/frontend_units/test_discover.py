@@ -69,10 +69,15 @@ def test_a_list_with_a_forward_of_its_own_is_a_module() -> None:
     assert list(moes(Part(mlp=Part(experts=Experts(ffn() for _ in range(E)))))) == ["mlp.experts"]
 
 
-@pytest.mark.parametrize("style", ["dict", "numbered", "parameters", "experts of different widths"])
+@pytest.mark.parametrize(
+    "style", ["dict", "dict with a dropout", "numbered", "parameters", "experts of different widths"]
+)
 def test_other_ways_to_list_experts(style: str) -> None:
     experts: dict[str, Any] = {
         "dict": {"experts": nn.ModuleDict({f"e{e}": ffn() for e in range(E)})},
+        "dict with a dropout": {
+            "experts": nn.ModuleDict({**{f"e{e}": ffn() for e in range(E)}, "dropout": nn.Dropout(0.2)})
+        },
         "numbered": {f"expert_{e}": ffn() for e in range(E)},
         "parameters": {
             "ups": nn.ParameterList([torch.zeros(WIDE, D) for _ in range(E)]),

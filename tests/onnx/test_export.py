@@ -29,7 +29,10 @@ from tests.onnx.models import OneLayer
 QUICK = ("mixtral", "switch")
 FAMILIES = [
     *QUICK,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx")),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "nllb_moe")
+    ),
 ]
 # Neither is the traced one. At 40 tokens Switch's experts, which have 3 places for each sequence, drop most of them.
 SHAPES = ((1, 1), (3, 5), (2, 40))

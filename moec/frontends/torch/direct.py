@@ -6,7 +6,7 @@ T tokens, K experts per token, E experts. Which argument is which is decided by 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Roles:
     form: str | None
     on_input: bool = False
     slots: int = 1
+    scale: float = 1.0
+    """A number that every weight is multiplied by."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -37,7 +39,8 @@ class Roles:
         assert self.form is not None
         selector = None if self.selector is None else bound[self.selector]
         weights = bound[self.weights] if self.weights is not None else bound[self.x]
-        return FORMS[self.form](selector, weights, tokens, experts, self.slots)
+        chosen, weights = FORMS[self.form](selector, weights, tokens, experts, self.slots)
+        return chosen, weights if self.scale == 1 else weights * self.scale
 
 
 def tensors_of(log: Log, bound: Mapping[str, Any], at: int) -> dict[str, torch.Tensor]:
@@ -66,10 +69,27 @@ def fit_roles(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tenso
         if theirs.numel() != tokens * body.outputs:
             continue
         mine = _predict(body, params, roles, bound, tokens)
+        if mine is None:
+            continue
         loose = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 4e-2
-        if mine is not None and near(mine, theirs.reshape(tokens, -1).float(), loose):
-            return roles if _others_unread(log, site, roles) else None
+        for scale in _factors(log, site, roles):
+            if near(mine * scale, theirs.reshape(tokens, -1).float(), loose):
+                return replace(roles, scale=scale) if _others_unread(log, site, roles) else None
     return None
+
+
+def _factors(log: Log, site: Site, roles: Roles) -> list[float]:
+    """What the result may be multiplied by: 1, and numbers that the call multiplies tensors by."""
+    if roles.on_input or not roles.form:
+        return [1.0]
+    numbers = [
+        arg
+        for entry in log.entries[site.start : site.end]
+        if entry.name in ("mul", "mul_")
+        for arg in entry.args
+        if isinstance(arg, float) and arg not in (0.0, 1.0)
+    ]
+    return [1.0, *dict.fromkeys(numbers)]
 
 
 def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float) -> bool:

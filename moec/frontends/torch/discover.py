@@ -99,7 +99,8 @@ def _equal_members(module: nn.Module) -> dict[str, nn.Module]:
     for key, child in module._modules.items():
         # w1, w2, w3 of one FFN are numbered too: a numbered expert is more than one matrix.
         numbered = _NUMBERED.match(key) if child is not None and _matrices(child) > 1 else None
-        if child is not None and (listed or numbered):
+        bare = not listed or child is None or next(child.parameters(), None) is None  # a dropout is no expert
+        if child is not None and (not bare or numbered):
             groups.setdefault("" if listed else numbered.group(1), {})[key] = child  # type: ignore[union-attr]
     if isinstance(module, nn.Sequential) or not groups:
         return {}

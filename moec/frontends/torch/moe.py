@@ -228,6 +228,7 @@ def _probes(
         def judge(
             x: torch.Tensor = x, experts: torch.Tensor = experts, weights: torch.Tensor = weights
         ) -> torch.Tensor:
-            return body.evaluate(params, x.reshape(-1, body.inputs), experts, weights, on_input=roles.on_input)
+            rows = x.reshape(-1, body.inputs)
+            return body.evaluate(params, rows, experts, weights * roles.scale, on_input=roles.on_input)
 
         yield Probe(f"{label}, {pattern} routing", args, kwargs, judge)

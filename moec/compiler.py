@@ -10,6 +10,7 @@ from torch import nn
 
 from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
+from moec.frontends.torch.graphed import graphed
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.training import differs_in_training
@@ -42,8 +43,12 @@ class Compiled:
         # The method outlives the compilation: it must not hold on to the module that the probes ran on.
         views, region, backend = self.lifted.views, self.region, self.backend
         pack, graphs = self.pack, self.graphs
+        module = model.get_submodule(self.lifted.name)
+        traced = graphed(
+            self.lifted.name, self.lifted.call, region, backend, pack, self.lifted.slots, WeightStore(module, views)
+        )
         return CompiledMethod(
-            module=model.get_submodule(self.lifted.name),
+            module=module,
             method=self.lifted.method,
             call=self.lifted.call,
             store=lambda module: WeightStore(module, views),
@@ -52,6 +57,7 @@ class Compiled:
             replaced=self.lifted.replaced,
             strict=self.strict,
             training=self.training,
+            graphed=traced,
         )
 
 

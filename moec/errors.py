@@ -46,6 +46,8 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC231": "compiled layer that runs its original code",
         "MOEC232": "compiled method without its module",
         "MOEC233": "layer changed between forward and backward",
+        "MOEC234": "layer that cannot run inside of a graph",
+        "MOEC235": "backward through a layer inside of a graph",
         # 3xx: passes and their runner
         "MOEC301": "unknown pass",
         "MOEC302": "unknown or missing option of a pass",

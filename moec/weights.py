@@ -153,8 +153,7 @@ class WeightStore:
 
         Raises what `check` raises.
         """
-        for check in self._checks.values():
-            check()
+        self.ask()
         places = self._places
         if places is None or not places.same():
             self._places = None
@@ -167,6 +166,11 @@ class WeightStore:
     def watch(self, checks: Mapping[str, Callable[[], None]]) -> None:
         """Ask `checks[name]` whenever that parameter is read: it raises MOEC230 where the code around it changed."""
         self._checks = dict(checks)
+
+    def ask(self) -> None:
+        """Ask what is watched of all parameters; raises MOEC230."""
+        for check in self._checks.values():
+            check()
 
     def check(self) -> None:
         """Raise MOEC230 unless every parameter is where it was, in the layout it had."""

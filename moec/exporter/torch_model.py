@@ -28,6 +28,7 @@ from moec.exporter.traced import Layout, layer_key, marked, results, take_apart,
 from moec.frontends.torch.analyse import Analysis, analyse
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.install import installed, uninstall
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.twin import make_probe, make_twin
 from moec.options import Options
@@ -57,6 +58,7 @@ def write(
 ) -> Written:
     """The model as onnx-ir, checked. Raises MOEC701 to 705 and what analysing the model raises."""
     _check_kind(model)
+    model = _as_written(model)
     args, kwargs = example[0], _without_cache(model, example[1])
     twin = make_twin(model).eval()
     placed, layers = _place_all(model, (args, kwargs), settings, report, say)
@@ -126,6 +128,16 @@ def _report_rest(analysis: Analysis, wanted: Sequence[Lifted], report: ExportRep
     report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=why) for one in kept]
     report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=one.reason) for one in analysis.refused]
     report.notes += analysis.notes
+
+
+def _as_written(model: nn.Module) -> nn.Module:
+    """A compiled model with its original code: what is exported is found and checked anew."""
+    if not installed(model):
+        return model
+    twin = make_twin(model)
+    for method in installed(twin):
+        uninstall(method)
+    return twin
 
 
 def _check_kind(model: nn.Module) -> None:

@@ -59,10 +59,6 @@ def trace(model: nn.Module) -> Any:
     return torch.jit.trace(model, (X,), check_trace=False)(X)
 
 
-def export(model: nn.Module) -> Any:
-    return torch.export.export(model, (X,)).module()(X)
-
-
 def proxies(model: nn.Module) -> Any:
     return make_fx(model)(X)(X)
 
@@ -80,7 +76,6 @@ ORIGINAL: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "torch.func.vmap": (vmap, "torch.func transform"),
     "forward-mode": (dual, "forward-mode"),
     "torch.jit.trace": (trace, "torch.jit.trace"),
-    "torch.export": (export, "torch.export"),
     "make_fx": (proxies, "TorchDispatchMode"),
     "counting flops": (flops, "hooks"),
 }
@@ -115,32 +110,6 @@ def test_the_original_serves_what_needs_its_operations(name: str, kind: type[nn.
     with torch.no_grad():
         agrees(fast(X), model(X))
     assert layer.fallbacks == count
-
-
-@pytest.mark.parametrize("kind", [Sliced, Plain])
-def test_strict_export(kind: type[nn.Module]) -> None:
-    model = made(kind)
-    got = torch.export.export(moec.compile(model), (X,), strict=True).module()(X)
-    agrees(got, model(X))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_under_torch_compile_the_compiled_layer_runs(kind: type[nn.Module]) -> None:
-    """Behind a break of the graph: nothing of moec's is traced."""
-    model = made(kind)
-    fast = moec.compile(model)
-    traced: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        traced.extend(str(node.stack_trace) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        again: Any = torch.compile(fast, backend=backend)
-        agrees(again(X), model(X))
-    assert not [where for where in traced if "/moec/" in where or "/backends/" in where]
-    assert fast.moec.report.layers[0].fallbacks == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

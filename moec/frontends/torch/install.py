@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_flatten
 from moec.errors import MoecError
 from moec.frontends.torch.callers import copied_caller, recorded_by
 from moec.frontends.torch.calls import Call, Executable
-from moec.frontends.torch.guard import HOOKS, Guards
+from moec.frontends.torch.graphed import Graphed, new_key, wants_gradients, why_not_now
+from moec.frontends.torch.guard import HOOKS, IN_TRAINING, Guards
+from moec.frontends.torch.layer_op import watch
 from moec.frontends.torch.recompute import Layer, run_with_gradients, slots_of
 from moec.frontends.torch.routing import NoTokens, Unusual
 from moec.frontends.torch.taken import Row, take
@@ -61,9 +63,12 @@ class CompiledMethod:
         replaced: tuple[str, ...],
         strict: bool,
         training: bool = False,
+        graphed: Graphed | None = None,
     ) -> None:
         self.module, self.method, self.call, self.store, self.build = module, method, call, store, build
         self.layer, self.replaced, self.strict, self.training = layer, replaced, strict, training
+        self.graphed, self.key = graphed, new_key()
+        watch(self.key, self)
         self.weights: WeightStore | None = None
         self.executable: Executable | None = None
         self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
@@ -91,18 +96,23 @@ class CompiledMethod:
     def ready(self) -> Executable:
         """The executable, built on first use after a copy. Raises MOEC230 where the copy was changed before that."""
         if self.executable is None:
-            weights = self.store(self.module)
-            if self._copied_from is not None:
-                looks, layouts = self._copied_from
-                if repr(self.module) != looks or (layouts is not None and weights.layouts != layouts):
-                    raise MoecError(
-                        "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
-                    )
-            guards, executable = self._guard(weights), self.build(weights)
-            # From now on: whether an expert has hooks is a question for calls, not for building.
-            weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
+            weights, guards = self._looked_at()
+            executable = self.build(weights)
             self.weights, self._guards, self.executable = weights, guards, executable
         return self.executable
+
+    def _looked_at(self) -> tuple[WeightStore, Guards]:
+        """The module's weights and guards, from now on: whether an expert has hooks is a question for calls."""
+        weights = self.store(self.module)
+        if self._copied_from is not None:
+            looks, layouts = self._copied_from
+            if repr(self.module) != looks or (layouts is not None and weights.layouts != layouts):
+                raise MoecError(
+                    "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
+                )
+        guards = self._guard(weights)
+        weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
+        return weights, guards
 
     def _guard(self, weights: WeightStore) -> Guards:
         try:
@@ -158,22 +168,59 @@ class CompiledMethod:
             return self._fall_back(error.message, args, kwargs)
 
     def _compiling(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Under torch.export the original; under torch.compile the compiled layer, behind a break of the graph."""
-        if not torch.compiler.is_exporting():
+        """The layer in a graph; where it cannot be, the original under torch.export, else a break of the graph."""
+        graphed, exporting = self.graphed, torch.compiler.is_exporting()
+        if exporting and not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
+            return self._fall_back("torch.onnx.export is recording, and moec.export writes such files", args, kwargs)
+        why = why_not_now(self.key) if graphed is not None else "its weights lie in unlike ways"
+        if graphed is not None and not why:
+            why = graphed.unfit(args, kwargs)
+        if graphed is not None and not why and not (self.module.training and not self.training):
+            if exporting:
+                return graphed.run(self.module, "", args, kwargs)
+            if not wants_gradients(self.module, args, kwargs):
+                return graphed.run(self.module, self.key, args, kwargs)
+        if not exporting:
             return _eagerly(self, args, kwargs)
         if not torch.compiler.is_dynamo_compiling():  # which can trace neither warnings nor counts
-            return self._fall_back("torch.export is recording", args, kwargs)
+            return self._fall_back(why or IN_TRAINING, args, kwargs)
         return self.original(*args, **kwargs)
 
-    def _blocked(self) -> str | None:
-        if self._stale:
-            return self._stale
+    def blocked_in_graph(self, *, tracing: bool) -> str:
+        """Why a graph cannot use the compiled layer now; empty if it can. For all experts: a graph chooses any.
+
+        While a graph is traced parameters have no memory to ask for, nor to build on.
+        """
+        if self.restored:
+            return "it was restored"
+        try:
+            if tracing:
+                weights, guards = (self.weights, self._guards) if self.executable else self._looked_at()
+                assert weights is not None
+                weights.ask()
+                weights.check()
+            else:
+                self.ready()
+                weights, guards = self.weights, self._guards
+                assert weights is not None
+                weights.placement()
+        except MoecError as error:
+            return error.message
+        assert guards is not None
+        return self._stale or guards.front.blocked() or self._process_wide() or ""
+
+    def _process_wide(self) -> str | None:
         if _AUTOCAST():
             return "autocast is on"
         if self.replaced and _GLOBAL_HOOKS():
             return "hooks on all modules are registered, and the layer replaces submodules"
+        return None
+
+    def _blocked(self) -> str | None:
+        if self._stale:
+            return self._stale
         assert self._guards is not None
-        return self._guards.front.blocked() or recorded_by()
+        return self._process_wide() or self._guards.front.blocked() or recorded_by()
 
     def _fall_back(
         self,
@@ -223,7 +270,8 @@ class CompiledMethod:
         )  # fmt: skip
         copy.layer = memo.get(id(self.layer), self.layer)
         copy.replaced, copy.strict, copy.weights, copy.executable = self.replaced, self.strict, None, None
-        copy.training = self.training
+        copy.training, copy.graphed, copy.key = self.training, self.graphed, new_key()
+        watch(copy.key, copy)
         copy._taken, copy._guards = self._taken, None
         # Built on first use, when the new module is complete: it must then still be what it was copied from.
         copy._stale, copy._copied_from = self._stale, self._copied_from
@@ -237,7 +285,10 @@ class CompiledMethod:
         return getattr, (self.module, self.method)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="a layer compiled by moec runs outside of the graph where gradients are recorded (call it under "
+    "torch.no_grad()), in training mode, under autocast, on inputs it was not verified with, and after a change"
+)
 def _eagerly(method: CompiledMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called while torch.compile traces, run outside of its graph."""
     return method(*args, **kwargs)

@@ -1,0 +1,200 @@
+"""The experts of a compiled layer as one operator, `moec::layer`, for the graphs of torch.compile and torch.export.
+
+T tokens, K experts per token, E experts, D inputs, O outputs. The operator has all it needs among its operands: the
+weights as tensors, and the region, where its weights lie and how routing is given as text. So graphs never hold stale
+weights, and a saved program runs in another process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from moec.backendbase import Executable, load_backend, why_not
+from moec.errors import MoecError
+from moec.frontends.torch.ids import Ids
+from moec.frontends.torch.lift import DTYPES
+from moec.frontends.torch.operands import Bank, OperandStore, Table
+from moec.frontends.torch.routing import FORMS, Unusual
+from moec.ir import parse
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A layer's region and how it is called; `form` None is a plain FFN."""
+
+    name: str
+    region: str
+    backend: str
+    pack: bool
+    table: Table
+    form: str | None
+    experts: int
+    slots: int
+    lowest: int | None
+    highest: int | None
+    width: int
+    dtype: str
+
+    def to_text(self) -> str:
+        """One line of JSON."""
+        table = {
+            "banks": {ref: bank.to_data() for ref, bank in self.table.banks.items()},
+            "layouts": [
+                [list(shape), list(stride), len(list(run))] for (shape, stride), run in groupby(self.table.layouts)
+            ],
+        }
+        return json.dumps({**vars(self), "table": table}, separators=(",", ":"))
+
+    @classmethod
+    def of(cls, text: str) -> Spec:
+        """What `to_text` was given. Raises MOEC234 for text that is something else."""
+        try:
+            data = json.loads(text)
+            table = data.pop("table")
+            banks = {ref: Bank.of(one) for ref, one in table["banks"].items()}
+            layouts = tuple((tuple(shape), tuple(stride)) for shape, stride, n in table["layouts"] for _ in range(n))
+            return cls(**data, table=Table(banks, layouts))
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise MoecError(
+                "MOEC234",
+                f"moec::layer was given text that describes no layer: {error}",
+                hint="export the model again with the release of moec that runs it",
+            ) from error
+
+
+_spec = functools.lru_cache(maxsize=1024)(Spec.of)
+
+# Asks a layer of this process why it cannot serve its module now; registered by the key in graphs of torch.compile.
+_ALIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def watch(key: str, asked: Any) -> None:
+    """Let graphs that hold `key` ask `asked.blocked_in_graph(tracing=False)` on each call, while it is there."""
+    _ALIVE[key] = asked
+
+
+def watched(key: str) -> Any:
+    """What `watch` was given; None when it is gone."""
+    return _ALIVE.get(key)
+
+
+@torch.library.custom_op("moec::layer", mutates_args=())
+def layer_op(
+    x: torch.Tensor,
+    selector: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    params: Sequence[torch.Tensor],
+    layer: str,
+    key: str,
+) -> torch.Tensor:
+    """x[T, D], the routing in the layer's form, its parameters -> [T, O].
+
+    `layer` is a Spec as text, `key` the layer that torch.compile traced, or empty in an exported program. Raises
+    MOEC234 where the original would have to run, which a graph does not have: for other routing than was verified, and
+    after changes of settings.
+    """
+    spec = _spec(layer)
+    asked = _ALIVE.get(key) if key else None
+    why = asked.blocked_in_graph(tracing=False) if asked is not None else ""
+    if why:
+        hint = "call torch.compiler.reset(), so that the change is traced; moec.refresh(model) compiles the layer again"
+        raise _cannot(spec, why, hint)
+    if not x.shape[0]:
+        return x.new_zeros(0, spec.width, dtype=_TORCH[spec.dtype])
+    bound = _bound(layer, spec, params, x.device)
+    bound.store.enter(params)
+    try:
+        (y,) = bound.executable(x, *_routing(spec, x, selector, weights))
+    except Unusual as unusual:
+        raise _cannot(spec, str(unusual), "run such calls outside of the graph, on the compiled model") from None
+    finally:
+        bound.store.leave()
+    mine = y.untyped_storage()._cdata
+    given = [t for t in (x, selector, weights, *params) if t is not None]
+    return y.clone() if any(t.untyped_storage()._cdata == mine for t in given) else y
+
+
+@layer_op.register_fake
+def _(x: Any, selector: Any, weights: Any, params: Any, layer: str, key: str) -> torch.Tensor:
+    spec = _spec(layer)
+    found: torch.Tensor = x.new_empty(x.shape[0], spec.width, dtype=_TORCH[spec.dtype])
+    return found
+
+
+def _no_backward(ctx: Any, grad: torch.Tensor) -> Any:
+    raise MoecError(
+        "MOEC235",
+        f"{ctx.layer} has no backward inside of a graph",
+        hint="call the compiled model outside of torch.compile and torch.export to compute gradients",
+    )
+
+
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.layer = _spec(inputs[4]).name
+
+
+layer_op.register_autograd(_no_backward, setup_context=_keep_name)
+
+
+def _cannot(spec: Spec, why: str, hint: str) -> MoecError:
+    return MoecError("MOEC234", f"{spec.name} cannot run compiled inside of a graph: {why}", hint=hint)
+
+
+def _routing(
+    spec: Spec, x: torch.Tensor, selector: torch.Tensor | None, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    if spec.form is None:
+        return ()
+    if spec.lowest is not None and spec.highest is not None and selector is not None:
+        Ids(spec.lowest, spec.highest).check(selector)
+    return FORMS[spec.form](selector, x if weights is None else weights, x.shape[0], spec.experts, spec.slots)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """An executable over the operands of each call."""
+
+    executable: Executable
+    store: OperandStore
+
+
+_BOUND: dict[tuple[str, int], _Bound] = {}
+_LOCK = threading.RLock()
+
+
+def _bound(layer: str, spec: Spec, params: Sequence[torch.Tensor], device: torch.device) -> _Bound:
+    """The layer's executable for these operands; it goes when the first of them goes."""
+    key = (layer, id(params[0]))
+    found = _BOUND.get(key)
+    if found is None:
+        with _LOCK:
+            found = _BOUND.get(key)
+            if found is None:
+                found = _BOUND[key] = _build(spec, params, device)
+                weakref.finalize(params[0], _BOUND.pop, key, None)
+    return found
+
+
+def _build(spec: Spec, params: Sequence[torch.Tensor], device: torch.device) -> _Bound:
+    why = why_not(spec.backend, device)
+    if why:
+        hint = f"the graph was made for back end {spec.backend}; trace it again where it is to run"
+        raise _cannot(spec, why, hint)
+    store = OperandStore(spec.table)
+    store.enter(params)
+    try:
+        # CUDA graphs are the caller's business here: torch.compile makes its own.
+        return _Bound(load_backend(spec.backend).build(parse(spec.region), store, {}, pack=spec.pack), store)
+    finally:
+        store.leave()

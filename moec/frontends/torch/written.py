@@ -1,0 +1,211 @@
+"""A verified cut as a plain Python function that tracers can follow: the operations of run time, the experts one call.
+
+T tokens, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.oplog import Ref
+from moec.frontends.torch.program import Live, Step
+from moec.frontends.torch.sizes import Size
+
+Experts = Callable[..., torch.Tensor]
+"""rows[T, D], selector or None, weights or None -> [T, O]."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """`function(module, experts, x, selector, weights)`, or `(module, experts, x)` for a block, and its source text."""
+
+    function: Callable[..., Any]
+    unfit: Callable[[Mapping[str, Any]], str]
+    """Arguments by name -> why they are outside what was verified, as far as shapes and types say; empty if not."""
+    text: str
+    inputs: tuple[str, ...]
+    """The names under which the cut's method takes them."""
+
+
+def write(call: Call) -> Written | None:
+    """The cut as a function; None for a kind of cut that has none."""
+    if isinstance(call, DirectCall):
+        return _direct(call)
+    return _sliced(call) if isinstance(call, SlicedCall) else None
+
+
+class _Page:
+    """Lines of a function's body, and the values that its text has no spelling for."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.values: dict[str, Any] = {"torch": torch}
+
+    def function(self, head: str) -> tuple[Callable[..., Any], str]:
+        text = "\n    ".join([f"def {head}:", *self.lines]) + "\n"
+        space = dict(self.values)
+        exec(compile(text, "<moec: a cut>", "exec"), space)  # text of our own making
+        return space[head.partition("(")[0]], text
+
+    def held(self, value: Any) -> str:
+        for name, known in self.values.items():
+            if known is value:
+                return name
+        name = f"c{len(self.values)}"
+        self.values[name] = value
+        return name
+
+    def spell(self, tree: Any) -> str:
+        """The text of a template."""
+        if isinstance(tree, Ref):
+            return f"v{tree.slot}"
+        if isinstance(tree, Size):
+            return _size(tree)
+        if isinstance(tree, Live):
+            return _live(tree)
+        if type(tree) is list:
+            return f"[{', '.join(map(self.spell, tree))}]"
+        if type(tree) is tuple:
+            return f"({', '.join(map(self.spell, tree))}{',' if len(tree) == 1 else ''})"
+        if type(tree) is dict:
+            return f"{{{', '.join(f'{key!r}: {self.spell(value)}' for key, value in tree.items())}}}"
+        if type(tree) in (int, bool, str, type(None)):
+            return repr(tree)
+        if type(tree) is float:
+            return repr(tree) if tree - tree == 0 else f"float({str(tree)!r})"
+        if isinstance(tree, torch.dtype | torch.layout | torch.memory_format):
+            return str(tree)
+        return self.held(tree)
+
+
+def _size(size: int | Size) -> str:
+    if isinstance(size, int):
+        return str(size)
+    product = " * ".join(f"d{i}" for i in size.factors)
+    if size.scale.numerator != 1:
+        product += f" * {size.scale.numerator}"
+    if size.scale.denominator != 1:
+        product += f" // {size.scale.denominator}"
+    return f"({product} + {size.shift})" if size.shift else f"({product})"
+
+
+def attribute(name: str) -> str:
+    """How to reach a parameter or submodule of `module`, by attributes alone: containers number theirs."""
+    text = "module"
+    for part in name.split(".") if name else ():
+        text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+    return text
+
+
+def _live(live: Live) -> str:
+    found = attribute(live.name)
+    if (live.shape, live.stride, live.offset) == (live.owner_shape, live.owner_stride, 0):
+        return found
+    # Parameters that start inside of a larger storage are told apart by the layout they had when compiled.
+    return f"torch.as_strided({found}, {live.shape}, {live.stride}, {found}.storage_offset() + {live.offset})"
+
+
+def _direct(call: DirectCall) -> Written:
+    page, roles = _Page(), call.roles
+    page.lines.append(f"rows = x.reshape(-1, {call.inputs})")
+    page.lines.append("y = experts(rows, selector, weights)")
+    for rank, sizes in sorted(call.out_shapes.items()):
+        names = ", ".join(f"d{i}" for i in range(rank))
+        page.lines += [
+            f"if x.dim() == {rank}:",
+            f"    ({names},) = x.shape",
+            f"    return y.reshape([{', '.join(map(_size, sizes))}])",
+        ]
+    function, text = page.function("cut(module, experts, x, selector=None, weights=None)")
+    inputs = tuple(name or "" for name in (roles.x, roles.selector, roles.weights))
+    dtypes = {roles.x: call.dtype, **({roles.weights: call.weight_dtype} if roles.weights is not None else {})}
+    return Written(function, _unfit(inputs, dtypes, tuple(call.out_shapes), call.inputs, call.others), text, inputs)
+
+
+def _sliced(call: SlicedCall) -> Written:
+    s, page = call.sliced, _Page()
+    dims = ", ".join(f"d{i}" for i in range(call.rank))
+    first = f"v{s.input_slot}"
+    page.lines += [f"({dims},) = x.shape", f"{first} = x.contiguous()"]
+    _steps(page, s.before)
+    selector, weights = (page.spell(one) for one in (s.selector, s.weights))
+    page.lines.append(f"y = experts({page.spell(s.x)}.reshape(-1, {call.inputs}), {selector}, {weights})")
+    page.lines.append(f"v{s.y_slot} = y.reshape({page.spell(list(s.y_shape))}).to({s.y_dtype})")
+    _steps(page, s.after)
+    page.lines += [f"{first} = x", f"return {page.spell(s.result)}"]
+    function, text = page.function("cut(module, experts, x)")
+    return Written(
+        function, _unfit((s.x_name,), {s.x_name: call.dtype}, (call.rank,), call.width, s.others), text, (s.x_name,)
+    )
+
+
+def _unfit(
+    inputs: Sequence[str], dtypes: Mapping[str, Any], ranks: Sequence[int], width: int, others: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], str]:
+    """The checks of a call, with all they compare with in their text: numbers elsewhere may be symbols while traced."""
+    page = _Page()
+    page.values["Same"] = _same
+    tensors = [name for name in inputs if name]
+    for name in tensors:
+        page.lines.append(f"if not isinstance(bound.get({name!r}), torch.Tensor): return '{name} is no tensor'")
+    page.lines += [f"x = bound[{tensors[0]!r}]", f"if x.dim() not in {tuple(ranks)}: return 'an input of another rank'"]
+    page.lines.append(f"if x.shape[-1] != {width}: return 'an input of another width'")
+    for name, dtype in dtypes.items():
+        page.lines.append(f"if bound[{name!r}].dtype != {dtype}: return '{name} of another dtype'")
+    page.lines.append(f"if len(bound) != {len(others) + len(tensors)}: return 'other arguments'")
+    for name, value in others.items():
+        page.lines.append(f"if {name!r} not in bound: return 'other arguments'")
+        page.lines.append(f"if not Same(bound[{name!r}], {page.spell(value)}): return 'another value of {name}'")
+    page.lines.append("return ''")
+    return page.function("unfit(bound)")[0]
+
+
+def _same(given: Any, value: Any) -> bool:
+    return given is value or (not isinstance(given, torch.Tensor) and given == value)
+
+
+def _steps(page: _Page, steps: Sequence[Step]) -> None:
+    for step in steps:
+        args, kwargs = step.arguments
+        named = [f"{key}={page.spell(value)}" for key, value in kwargs.items()]
+        called = attribute(step.path) if step.path is not None else _operator(page, step.op)
+        text = f"{called}({', '.join([*map(page.spell, args), *named])})"
+        if len(step.outs) == 1:
+            page.lines.append(f"{_target(step.outs[0])} = {text}")
+            if step.path is not None:  # a submodule may return its one tensor in a tuple
+                page.lines.append(f"{_target(step.outs[0])} = first({_target(step.outs[0])})")
+                page.values["first"] = _first
+        else:
+            page.values["flat"] = _flat
+            page.lines.append(f"({', '.join(map(_target, step.outs))},) = flat({text})")
+
+
+def _target(slot: int | None) -> str:
+    return "unused" if slot is None else f"v{slot}"
+
+
+def _operator(page: _Page, op: Any) -> str:
+    """Operators of torch by their names, which tracers need not guard."""
+    spelled = f"torch.ops.{op}"
+    found: Any = torch.ops
+    for part in str(op).split("."):
+        found = getattr(found, part, None)
+    return spelled if found is op else page.held(op)
+
+
+def _first(result: Any) -> Any:
+    return result if isinstance(result, torch.Tensor) else _flat(result)[0]
+
+
+def _flat(result: Any) -> list[Any]:
+    """The leaves of a result, in the order of a pytree's."""
+    if isinstance(result, tuple | list):
+        return [leaf for part in result for leaf in _flat(part)]
+    if isinstance(result, Mapping):
+        return [leaf for part in result.values() for leaf in _flat(part)]
+    return [result]

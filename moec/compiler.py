@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
 from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
-from moec.frontends.torch.graphed import graphed
+from moec.frontends.torch.graphed import Graphed, graphed
 from moec.frontends.torch.install import CompiledMethod
+from moec.frontends.torch.layer_op import forget
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.training import differs_in_training
 from moec.ir import Region
@@ -22,6 +24,8 @@ from moec.report import LayerReport
 from moec.verify import FP32_BAR, Probe, Verdict, bar_for, compare_results, verify_layer
 from moec.weights import WeightStore
 
+# Two sizes of ordinary tokens.
+_GRAPH_PROBES = 2
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -37,18 +41,15 @@ class Compiled:
     graphs: bool
     strict: bool
     training: bool = False
+    graphed: Graphed | None = None
 
     def method_for(self, model: nn.Module) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
         # The method outlives the compilation: it must not hold on to the module that the probes ran on.
         views, region, backend = self.lifted.views, self.region, self.backend
         pack, graphs = self.pack, self.graphs
-        module = model.get_submodule(self.lifted.name)
-        traced = graphed(
-            self.lifted.name, self.lifted.call, region, backend, pack, self.lifted.slots, WeightStore(module, views)
-        )
         return CompiledMethod(
-            module=module,
+            module=model.get_submodule(self.lifted.name),
             method=self.lifted.method,
             call=self.lifted.call,
             store=lambda module: WeightStore(module, views),
@@ -57,7 +58,7 @@ class Compiled:
             replaced=self.lifted.replaced,
             strict=self.strict,
             training=self.training,
-            graphed=traced,
+            graphed=self.graphed,
         )
 
 
@@ -115,7 +116,31 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
             executable.tune()
         layer.numerics_error = _numerics_error(lifted, executable)
     _describe(layer, region, logs, executable, backend, lifted)
-    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict, training)
+    found = _graphed(lifted, region, backend, executable, options)
+    if isinstance(found, str):
+        layer.evidence = (*layer.evidence, f"left out of graphs of torch.compile and torch.export: {found}")
+    traced = found if isinstance(found, Graphed) else None
+    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict, training, traced)
+
+
+def _graphed(lifted: Lifted, region: Region, backend: str, executable: Executable, options: Options) -> Graphed | str:
+    """The layer as it stands in graphs, checked to give what the executable gives; or why it does not."""
+    found = graphed(lifted.name, lifted.call, region, backend, options.pack, WeightStore(lifted.module, lifted.views))
+    if found is None:
+        return "its cut has no form there"
+    for probe in islice(lifted.probes(), _GRAPH_PROBES if options.verify else 0):
+        try:
+            with torch.no_grad():
+                theirs = lifted.call(lifted.module, executable, probe.args, probe.kwargs)
+                mine = found.run(lifted.module, "", probe.args, probe.kwargs)
+        except Exception as error:  # operations of the user's, in another order
+            return f"{type(error).__name__}: {error}"
+        finally:
+            forget(found.params(lifted.module))
+        gap = compare_results(mine, theirs)
+        if gap.mismatch or gap.l2 > bar_for(lifted.dtype, lifted.longest):
+            return f"it differs at {probe.label}: {gap.mismatch or f'error {gap.l2:.1e}'}"
+    return found
 
 
 def _serves_training(lifted: Lifted, layer: LayerReport) -> bool:

@@ -253,6 +253,42 @@ def test_other_layouts_of_weights_are_refused() -> None:
     assert told_.value.code == "MOEC230"
 
 
+class Scaled(nn.Module):
+    """Experts whose result is multiplied by a number, as after a dropout that was folded into eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(changing.Expert() for _ in range(changing.E))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None] * 0.8)
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(changing.D, changing.E), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, changing.D)
+        weights, ids = self.router(rows).softmax(-1).topk(2)
+        y: Tensor = self.experts(rows, ids, weights)
+        return y.view_as(x)
+
+
+def test_numbers_that_results_are_multiplied_by_are_in_the_graph() -> None:
+    torch.manual_seed(1)
+    model = Around().eval()
+    fast = moec.compile(model, strict=True)
+    program = exported(fast)
+    assert layers_in(program) == 1
+    agrees(program.module()(tokens(3, 7)), model(tokens(3, 7)))
+
+
 def test_no_tokens() -> None:
     _, fast = both(Direct)
     program = exported(fast)

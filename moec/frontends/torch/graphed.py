@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.layer_op import Spec, watched
 from moec.frontends.torch.lift import DTYPES
 from moec.frontends.torch.operands import is_expressible, table_of
@@ -54,15 +55,13 @@ class Graphed:
         return self.written.function(module, experts, *[bound[name] if name else None for name in self.written.inputs])
 
 
-def graphed(
-    name: str, call: Call, region: Region, backend: str, pack: bool, slots: int, store: WeightStore
-) -> Graphed | None:
+def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, store: WeightStore) -> Graphed | None:
     """How the layer stands in a graph; None where it cannot."""
     written = write(call)
     if written is None or not isinstance(call, DirectCall | SlicedCall) or not is_expressible(store.views):
         return None
     table, names = table_of(store.views, store.layouts)
-    form = call.roles.form if isinstance(call, DirectCall) else call.form
+    roles = call.roles if isinstance(call, DirectCall) else _roles(call)
     result = region.outputs[0].type
     spec = Spec(
         name=name or "the model",
@@ -70,9 +69,9 @@ def graphed(
         backend=backend,
         pack=pack,
         table=table,
-        form=form,
+        roles=roles,
         experts=call.experts,
-        slots=slots,
+        inputs=call.inputs,
         lowest=call.ids.lowest if call.ids is not None else None,
         highest=call.ids.highest if call.ids is not None else None,
         width=int(str(result.shape[-1])),
@@ -80,6 +79,12 @@ def graphed(
     )
     assert result.dtype in DTYPES.values()
     return Graphed(call, written, _reader(names), spec.to_text())
+
+
+def _roles(call: SlicedCall) -> Roles:
+    given = call.sliced
+    selector, weights = (None if one is None else name for one, name in ((given.selector, "ids"), (given.weights, "w")))
+    return Roles("x", selector, weights, call.form, slots=call.num_slots)
 
 
 def _reader(names: Sequence[str]) -> Callable[[torch.nn.Module], Sequence[torch.Tensor]]:

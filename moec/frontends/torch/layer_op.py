@@ -20,10 +20,11 @@ import torch
 
 from moec.backendbase import Executable, load_backend, why_not
 from moec.errors import MoecError
+from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.lift import DTYPES
 from moec.frontends.torch.operands import Bank, OperandStore, Table
-from moec.frontends.torch.routing import FORMS, Unusual
+from moec.frontends.torch.routing import Unusual
 from moec.ir import parse
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -31,16 +32,16 @@ _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Spec:
-    """A layer's region and how it is called; `form` None is a plain FFN."""
+    """A layer's region and how it is called."""
 
     name: str
     region: str
     backend: str
     pack: bool
     table: Table
-    form: str | None
+    roles: Roles
     experts: int
-    slots: int
+    inputs: int
     lowest: int | None
     highest: int | None
     width: int
@@ -54,7 +55,7 @@ class Spec:
                 [list(shape), list(stride), len(list(run))] for (shape, stride), run in groupby(self.table.layouts)
             ],
         }
-        return json.dumps({**vars(self), "table": table}, separators=(",", ":"))
+        return json.dumps({**vars(self), "table": table, "roles": vars(self.roles)}, separators=(",", ":"))
 
     @classmethod
     def of(cls, text: str) -> Spec:
@@ -64,7 +65,7 @@ class Spec:
             table = data.pop("table")
             banks = {ref: Bank.of(one) for ref, one in table["banks"].items()}
             layouts = tuple((tuple(shape), tuple(stride)) for shape, stride, n in table["layouts"] for _ in range(n))
-            return cls(**data, table=Table(banks, layouts))
+            return cls(**{**data, "table": Table(banks, layouts), "roles": Roles(**data["roles"])})
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise MoecError(
                 "MOEC234",
@@ -98,7 +99,7 @@ def layer_op(
     layer: str,
     key: str,
 ) -> torch.Tensor:
-    """x[T, D], the routing in the layer's form, its parameters -> [T, O].
+    """x[..., D], the routing in the layer's form, its parameters -> [T, O].
 
     `layer` is a Spec as text, `key` the layer that torch.compile traced, or empty in an exported program. Raises
     MOEC234 where the original would have to run, which a graph does not have: for other routing than was verified, and
@@ -110,12 +111,13 @@ def layer_op(
     if why:
         hint = "call torch.compiler.reset(), so that the change is traced; moec.refresh(model) compiles the layer again"
         raise _cannot(spec, why, hint)
-    if not x.shape[0]:
+    rows = x.reshape(-1, spec.inputs)
+    if not rows.shape[0]:
         return x.new_zeros(0, spec.width, dtype=_TORCH[spec.dtype])
     bound = _bound(layer, spec, params, x.device)
     bound.store.enter(params)
     try:
-        (y,) = bound.executable(x, *_routing(spec, x, selector, weights))
+        (y,) = bound.executable(rows, *_routing(spec, x, rows.shape[0], selector, weights))
     except Unusual as unusual:
         raise _cannot(spec, str(unusual), "run such calls outside of the graph, on the compiled model") from None
     finally:
@@ -128,7 +130,8 @@ def layer_op(
 @layer_op.register_fake
 def _(x: Any, selector: Any, weights: Any, params: Any, layer: str, key: str) -> torch.Tensor:
     spec = _spec(layer)
-    found: torch.Tensor = x.new_empty(x.shape[0], spec.width, dtype=_TORCH[spec.dtype])
+    tokens = x.reshape(-1, spec.inputs).shape[0]
+    found: torch.Tensor = x.new_empty(tokens, spec.width, dtype=_TORCH[spec.dtype])
     return found
 
 
@@ -152,13 +155,15 @@ def _cannot(spec: Spec, why: str, hint: str) -> MoecError:
 
 
 def _routing(
-    spec: Spec, x: torch.Tensor, selector: torch.Tensor | None, weights: torch.Tensor | None
+    spec: Spec, x: torch.Tensor, tokens: int, selector: torch.Tensor | None, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    if spec.form is None:
+    roles = spec.roles
+    if roles.form is None:
         return ()
     if spec.lowest is not None and spec.highest is not None and selector is not None:
         Ids(spec.lowest, spec.highest).check(selector)
-    return FORMS[spec.form](selector, x if weights is None else weights, x.shape[0], spec.experts, spec.slots)
+    given = {roles.x: x, roles.selector: selector, roles.weights: weights}
+    return roles.routing({name: tensor for name, tensor in given.items() if name is not None}, tokens, spec.experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +189,12 @@ def _bound(layer: str, spec: Spec, params: Sequence[torch.Tensor], device: torch
                 found = _BOUND[key] = _build(spec, params, device)
                 weakref.finalize(params[0], _BOUND.pop, key, None)
     return found
+
+
+def forget(params: Sequence[torch.Tensor]) -> None:
+    """Drop the executables of these operands, and with them their copies of weights."""
+    for key in [key for key in _BOUND if key[1] == id(params[0])]:
+        _BOUND.pop(key, None)
 
 
 def _build(spec: Spec, params: Sequence[torch.Tensor], device: torch.device) -> _Bound:

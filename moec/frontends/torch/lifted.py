@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.calls import Call, DirectCall
+from moec.frontends.torch.calls import Call
 from moec.ir import Region
 from moec.verify import Probe
 from moec.weights import View
@@ -37,11 +37,6 @@ class Lifted:
     def longest(self) -> int:
         """Terms of the longest reduction."""
         return max(bank.shape[1] for role, bank in self.body.banks.items() if role.startswith("w_"))
-
-    @property
-    def slots(self) -> int:
-        """Experts per token; 1 for a plain FFN."""
-        return self.call.roles.slots if isinstance(self.call, DirectCall) else getattr(self.call, "num_slots", 1)
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ T tokens, D inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
 
 Experts = Callable[..., torch.Tensor]
-"""rows[T, D], selector or None, weights or None -> [T, O]."""
+"""x[..., D], selector or None, weights or None -> [T, O]."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,21 @@ class Written:
 
 
 def write(call: Call) -> Written | None:
-    """The cut as a function; None for a kind of cut that has none."""
-    if isinstance(call, DirectCall):
+    """The cut as a function; None for a kind of cut that has none, or that has more to it than is written here."""
+    if isinstance(call, DirectCall) and _known(call, _OF_DIRECT):
         return _direct(call)
-    return _sliced(call) if isinstance(call, SlicedCall) else None
+    if isinstance(call, SlicedCall) and _known(call, _OF_SLICED) and _known(call.sliced, _OF_SLICE):
+        return _sliced(call)
+    return None
+
+
+_OF_DIRECT = "binder roles others dtype experts inputs out_shapes weight_dtype ids"
+_OF_SLICED = "binder sliced form num_slots rank dtype experts inputs width ids"
+_OF_SLICE = "x_name others before after x selector weights y_slot y_shape y_dtype input_slot result"
+
+
+def _known(value: Any, names: str) -> bool:
+    return {field.name for field in fields(value)} == set(names.split())
 
 
 class _Page:
@@ -112,8 +123,7 @@ def _live(live: Live) -> str:
 
 def _direct(call: DirectCall) -> Written:
     page, roles = _Page(), call.roles
-    page.lines.append(f"rows = x.reshape(-1, {call.inputs})")
-    page.lines.append("y = experts(rows, selector, weights)")
+    page.lines.append("y = experts(x, selector, weights)")
     for rank, sizes in sorted(call.out_shapes.items()):
         names = ", ".join(f"d{i}" for i in range(rank))
         page.lines += [

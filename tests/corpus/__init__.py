@@ -12,6 +12,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     near_misses,
     not_moe,
     odd_bodies,
+    older,
     positive_moe,
     selection,
     weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moec.errors import MoecError
-from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening
+from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening, together
 from moec.frontends.torch.ffn import NotRun, analyse_ffn
 from moec.frontends.torch.instances import Chained, NotLifted
 from moec.frontends.torch.lifted import Lifted
@@ -69,20 +69,43 @@ def analyse(
     if is_lazy(model):
         return found
     taken: set[str] = set()
-    for candidate in discover_moe(model):
+    for attempts in together(discover_moe(model), params):
+        taken |= _analyse_moe(model, attempts, drivers, params, found, progress)
+    for candidate in discover_ffn(model, taken):
+        progress(candidate.name)
+        _analyse_ffn(model, candidate, drivers, params, found)
+    return found
+
+
+def _analyse_moe(
+    model: nn.Module,
+    attempts: Sequence[Candidate],
+    drivers: Drivers,
+    params: Mapping[str, torch.Tensor],
+    found: Analysis,
+    progress: Callable[[str], None],
+) -> set[str]:
+    """Look at candidates for the same weights, up to the first that is lifted; returns the weights that are taken.
+
+    The reason that is reported is that of the first, which holds all of the weights.
+    """
+    refused: list[tuple[Candidate, NotLifted]] = []
+    taken: set[str] = set()
+    for candidate in attempts:
+        if candidate.weights <= taken:
+            continue
         progress(candidate.name)
         try:
             check_weights(model, computed_owner(candidate.name), candidate.weights)
             found.lifted.append(analyse_moe(candidate, drivers, params))
             taken |= candidate.weights
         except NotLifted as reason:
-            found.refused.append(Refused(computed_owner(candidate.name), "moe", str(reason)))
-            if not isinstance(reason, Chained):
-                taken |= candidate.weights
-    for candidate in discover_ffn(model, taken):
-        progress(candidate.name)
-        _analyse_ffn(model, candidate, drivers, params, found)
-    return found
+            refused.append((candidate, reason))
+    if refused and not taken:
+        first, why = refused[0]
+        found.refused.append(Refused(computed_owner(first.name), "moe", str(why)))
+        return set() if isinstance(why, Chained) else first.weights
+    return taken
 
 
 def _analyse_ffn(

@@ -5,7 +5,7 @@ T tokens, K experts per token, E experts, N outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +42,11 @@ def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]
     found = [p for e in log.entries if (p := _product(log, e, expert_params)) is not None]
     if not found:
         raise NotLifted("no product with the candidate's weights was seen")
-    products = [_with_bias(log, p, params) for p in found]
+    return read_products(log, [_with_bias(log, p, params) for p in found])
+
+
+def read_products(log: Log, products: Sequence[Product]) -> Reading:
+    """The body of experts whose layers are one product each. Raises NotLifted with the reason."""
     by_entry = {p.linear.entry: p for p in products}
     instances = find_instances(log, [p.linear for p in products])
     if len(instances) != 1:

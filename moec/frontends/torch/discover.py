@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,6 +115,25 @@ def _without_stacks_of_layers(moes: dict[str, Candidate]) -> Iterator[Candidate]
     for name, candidate in moes.items():
         if not any(other != name and other.startswith(_join(name, "") + "." if name else "") for other in moes):
             yield candidate
+
+
+def together(moes: Iterable[Candidate], params: Mapping[str, torch.Tensor]) -> Iterator[list[Candidate]]:
+    """Each candidate, or siblings that may be layers of the same experts: all of them as one, then each alone.
+
+    Such siblings are modules of one stack each, for equally many experts.
+    """
+    groups: dict[tuple[str, int], list[Candidate]] = {}
+    for candidate in moes:
+        parent, _, own = candidate.name.rpartition(".")
+        stacks = [params[name] for name in candidate.weights]
+        if own and len(stacks) == 1 and stacks[0].dim() == 3:
+            groups.setdefault((parent, stacks[0].shape[0]), []).append(candidate)
+        else:
+            groups[candidate.name, 0] = [candidate]
+    for (parent, _), members in groups.items():
+        whole = Candidate(parent, "moe", set().union(*(member.weights for member in members)))
+        yield [whole, *members] if len(members) in (2, 3) else members[:1]
+        yield from ([member] for member in members[1:] if len(members) > 3)
 
 
 def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:

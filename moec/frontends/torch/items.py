@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from moec.frontends.torch.guard import HOOKS
 from moec.frontends.torch.oplog import HOST_READ, Entry, Log, Site, slots
 
 
@@ -59,10 +62,16 @@ class Blocks:
         return (*self.prefix, *self.suffix)
 
 
-def split(log: Log, site: Site, expert_entries: Sequence[int]) -> Blocks:
-    """The items of `site` around the experts, whose entries are given."""
+def split(log: Log, site: Site, expert_entries: Sequence[int], *, opened: bool = False) -> Blocks:
+    """The items of `site` around the experts, whose entries are given.
+
+    `opened` takes submodules apart into their entries, where what is looked for lies inside one. Those with hooks stay
+    calls.
+    """
     first, last = min(expert_entries), max(expert_entries)
     children = _folded(log, site, frozenset(expert_entries))
+    if opened:
+        children = {start: child for start, child in children.items() if _hooked(child.module)}
     prefix = tuple(_items(log, children, site.start, first))
     suffix = tuple(_items(log, children, last + 1, site.end))
     return Blocks(log, site, prefix, suffix, first, last)
@@ -87,6 +96,10 @@ def _folded(log: Log, site: Site, experts: frozenset[int]) -> dict[int, Site]:
         found[other.start] = other
         covered = other.end
     return found
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    return any(getattr(part, name) for part in module.modules() for name in HOOKS)
 
 
 def _encloses(other: Site, site: Site) -> bool:
@@ -126,9 +139,11 @@ def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int]
         slot, at = todo.pop()
         since = given.get(log.storages[slot], -1)
         sources = [i for i in log.writers(slot, at) if i > since]
-        made = log.producer(slot)
-        if made is not None and made < at and (y is None or slot != y[0]):
-            sources.append(made)
+        made = log.makers(slot, at)
+        if made and (y is None or slot != y[0]):
+            # The same view may have been taken inside a call first, which does not hand it out.
+            shown = (i for i in made if i < blocks.site.start or (i in by_entry and slot in by_entry[i].results))
+            sources.append(next(shown, made[0]))
         for index in sources:
             if index < blocks.site.start:
                 continue

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from moec.frontends.torch.banks import unify
-from moec.frontends.torch.batched import read_batched
+from moec.frontends.torch.batched import read_batched, read_products
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body, build_body
 from moec.frontends.torch.calls import DirectCall
@@ -22,6 +22,7 @@ from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import understood
 from moec.frontends.torch.instances import NotLifted, find_instances
+from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
@@ -64,6 +65,9 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         linears = LinearFinder(log, dict(params), lambda name: name in candidate.weights).find(0, len(log.entries))
         if not linears:
             return read_batched(log, candidate.weights, params)
+        joined = joined_products(log, linears, driver.module, driver.path, params)
+        if joined is not None:
+            return read_products(log, joined)
         instances = find_instances(log, linears)
         body = build_body(log, instances, unify(log, driver.module, driver.path, instances, dict(params)))
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))

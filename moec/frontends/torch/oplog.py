@@ -8,6 +8,7 @@ tensor at any moment of the run can be asked for.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,42 @@ from torch.utils._pytree import tree_flatten, tree_map
 HOST_READ = "host_read"
 # A copy of a written storage larger than this is not kept: such tensors are never rows, weights or outputs of a probe.
 _HISTORY_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where in its storage a tensor lies, in bytes: runs of `size` that start at `first` plus multiples of `step`."""
+
+    first: int
+    last: int
+    step: int
+    size: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Extent:
+        """The tensor's own."""
+        width = tensor.element_size()
+        first = int(tensor.storage_offset()) * width
+        if not tensor.numel():
+            return Extent(first, first, 0, width)
+        size, steps = width, []
+        for stride, count in sorted((s * width, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride <= size:
+                size += stride * (count - 1)
+            elif count > 1:
+                steps.append(stride)
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * width + width
+        return Extent(first, first + last, math.gcd(*steps), size)
+
+    def meets(self, other: Extent) -> bool:
+        """Whether a byte may be in both; interleaved runs are told apart by what their steps have in common."""
+        if self.first >= other.last or other.first >= self.last:
+            return False
+        step = math.gcd(self.step, other.step)
+        if not step:
+            return True
+        apart = (other.first - self.first) % step
+        return apart < self.size or step - apart < other.size
 
 
 @dataclass(frozen=True)
@@ -111,8 +148,9 @@ class Log:
 
     def __post_init__(self) -> None:
         self._slots: dict[Any, int] = {}
-        self._producer: dict[int, int] = {}
+        self._makers: dict[int, list[int]] = {}
         self._writers: dict[int, list[int]] = {}
+        self._extents: dict[int, Extent] = {}
         self._history: dict[int, list[tuple[int, torch.Tensor | None]]] = {}
         self._readers: dict[int, list[Entry]] = {}
         self._indexed: list[Entry] = []
@@ -159,9 +197,9 @@ class Log:
         entry = Entry(
             index, op, self.refs(args), self.refs(kwargs), self.refs(outs), tuple(self.slot(t) for t in written)
         )
-        for slot in entry.results:
-            if slot >= known and slot not in entry.reads:
-                self._producer[slot] = index
+        for slot in dict.fromkeys(entry.results):
+            if slot not in entry.reads and (slot >= known or slot in self._makers):
+                self._makers.setdefault(slot, []).append(index)
         for tensor in written:
             storage = tensor.untyped_storage()._cdata
             self._writers.setdefault(storage, []).append(index)
@@ -171,11 +209,31 @@ class Log:
     # -- asking -------------------------------------------------------------------------------------------------------
     def producer(self, slot: int) -> int | None:
         """Index of the entry that made the tensor; None for parameters, inputs and constants."""
-        return self._producer.get(slot)
+        made = self._makers.get(slot)
+        return made[0] if made else None
 
-    def writers(self, slot: int, before: int) -> list[int]:
-        """Entries before `before` that wrote into the tensor's storage."""
-        return [i for i in self._writers.get(self.storages[slot], ()) if i < before]
+    def makers(self, slot: int, before: int) -> list[int]:
+        """All entries before `before` whose result is the tensor: the same view may be taken more than once."""
+        return [i for i in self._makers.get(slot, ()) if i < before]
+
+    def writers(self, slot: int, before: int, within: Extent | None = None) -> list[int]:
+        """Entries before `before` that wrote into the tensor's memory, or into the part of it that is `within`."""
+        found = [i for i in self._writers.get(self.storages[slot], ()) if i < before]
+        if not found:
+            return found
+        storage, part = self.storages[slot], within or self.extent(slot)
+        return [
+            i
+            for i in found
+            if any(self.storages[s] == storage and self.extent(s).meets(part) for s in self.entries[i].writes)
+        ]
+
+    def extent(self, slot: int) -> Extent:
+        """Where in its storage the tensor lies."""
+        found = self._extents.get(slot)
+        if found is None:
+            found = self._extents[slot] = Extent.of(self.tensors[slot])
+        return found
 
     def value(self, slot: int, at: int | None = None) -> torch.Tensor | None:
         """The tensor as it was just before entry `at` (default: at the end); None if it was too large to keep."""
@@ -209,20 +267,24 @@ class Log:
         """
         stop = stop or {}
         given = {self.storages[slot]: moment for slot, moment in stop.items()}
-        needed: set[int] = set()
-        todo = [(slot, at) for slot, at in wanted]
+        seen: set[tuple[int, Extent | None]] = set()
+        todo: list[tuple[int, int, Extent | None]] = [(slot, at, None) for slot, at in wanted]
         while todo:
-            slot, at = todo.pop()
+            slot, at, within = todo.pop()
             since = given.get(self.storages[slot], -1)
-            sources = [i for i in self._writers.get(self.storages[slot], ()) if since < i < at]
-            made = self._producer.get(slot)
+            sources = [(i, None) for i in self.writers(slot, at, within) if i > since]
+            made = self.producer(slot)
             if made is not None and made < at and slot not in stop:
-                sources.append(made)
-            for index in sources:
-                if index >= start and index not in needed:
-                    needed.add(index)
-                    todo.extend((read, index) for read in self.entries[index].reads)
-        return needed
+                sources.append((made, within or self.extent(slot)))
+            for index, part in sources:
+                if index >= start and (index, part) not in seen:
+                    seen.add((index, part))
+                    # Of what a view is taken from, only the part that the view shows matters.
+                    todo.extend(
+                        (read, index, part if self.storages[read] == self.storages[slot] else None)
+                        for read in self.entries[index].reads
+                    )
+        return {index for index, _ in seen}
 
     def consumers(self, slot: int) -> Iterator[Entry]:
         """Entries that read the tensor, in order."""

@@ -95,6 +95,9 @@ class Maker:
         made[roles.x] = x
         count = experts.shape[0]
         lead = x.shape[:-1]
+        for name, value in self.template.items():
+            if name not in roles.tensors and isinstance(value, torch.Tensor):
+                made[name] = self._unread(value, count, lead)
         if roles.form == "dense":
             assert roles.weights is not None
             gates = torch.zeros(count, self.body.experts, dtype=weights.dtype, device=x.device)
@@ -108,6 +111,16 @@ class Maker:
         if roles.weights is not None:
             made[roles.weights] = self._like(self.template[roles.weights], weights, lead)
         return made
+
+    def _unread(self, seen: torch.Tensor, count: int, lead: torch.Size) -> torch.Tensor:
+        """Other values in a tensor that was not read, so that a call that does read it shows."""
+        old = self.template[self.roles.x].shape[:-1]
+        tokens, spread = old.numel(), len(old) > 1 and tuple(seen.shape[: len(old)]) == tuple(old)
+        if not tokens or (not spread and (not seen.dim() or seen.shape[0] != tokens)):
+            return seen
+        rest = seen.shape[len(old) :] if spread else seen.shape[1:]
+        rows = seen.reshape(tokens, *rest)[(torch.arange(count) + 1) % tokens]
+        return rows.reshape(*(lead if spread else (count,)), *rest)
 
     def _like(self, seen: torch.Tensor, values: torch.Tensor, lead: torch.Size) -> torch.Tensor:
         """Values [T, ...] in the seen tensor's arrangement: tokens in one leading dimension or spread as in x."""

@@ -9,15 +9,19 @@ import torch
 
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.instances import NotLifted
-from moec.frontends.torch.items import split
+from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log
+from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
 from moec.frontends.torch.solve import solve_routed
 
 _TRIES = 6
+
+
+class _Unsolved(NotLifted):
+    """No tensors of a block satisfy the formula."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,44 @@ class Reading:
 def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
     """Slice the smallest block around the experts that can be; raises NotLifted with the reason for the smallest."""
     seen, more, body = _observe(driver, read)
-    reasons = []
+    reasons: list[NotLifted] = []
     for site in sites_of(seen[0])[:4]:
-        name = site.label or "the model"
-        try:
-            blocks = split(seen[0].log, site, seen[0].entries)
-            solution = solve_routed(blocks, body, params)
-            if solution is None:
-                raise NotLifted(
-                    f"{name}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
-                )
-            for other in seen[1:]:
-                same_site(site, other.log)
-            evidence = (
-                f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
-                f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
-                f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
-            )
-            return slice_at(site, seen, solution, body, params, evidence, more)
-        except NotLifted as reason:
-            reasons.append(str(reason))
-    raise NotLifted(reasons[0] if reasons else "no call holds all of the experts")
+        for opened in (False, True):
+            blocks = split(seen[0].log, site, seen[0].entries, opened=opened)
+            if opened and all(item.site is None for item in split(seen[0].log, site, seen[0].entries).items):
+                continue
+            try:
+                return _slice(site, seen, more, body, params, blocks, opened=opened)
+            except NotLifted as reason:
+                reasons.append(reason)
+    # How far a cut came says more than that another block does not hold the formula.
+    far = [reason for reason in reasons if not isinstance(reason, _Unsolved)] or reasons
+    raise NotLifted(str(far[0]) if far else "no call holds all of the experts")
+
+
+def _slice(
+    site: Site,
+    seen: list[Observed],
+    more: list[Log],
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    blocks: Blocks,
+    *,
+    opened: bool,
+) -> Lifted:
+    """The site sliced around its experts; raises NotLifted with the reason."""
+    name = site.label or "the model"
+    solution = solve_routed(blocks, body, params)
+    if solution is None:
+        raise _Unsolved(f"{name}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)")
+    for other in seen[1:]:
+        same_site(site, other.log)
+    evidence = (
+        f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
+        f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
+        f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+    )
+    return slice_at(site, seen, solution, body, params, evidence, more, opened=opened)
 
 
 def _toward_experts(module: torch.nn.Module, probe: torch.Tensor, experts: int) -> torch.Tensor:

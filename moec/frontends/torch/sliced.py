@@ -18,6 +18,9 @@ from moec.frontends.torch.oplog import HOST_READ, Ref, slots
 from moec.frontends.torch.program import Aligned, Fill, Step, filler
 from moec.frontends.torch.solve import Solution
 
+# They take sizes from what they read, no values.
+_SHAPE_ONLY = frozenset(name for fill in ("zeros", "ones", "full", "empty") for name in (f"{fill}_like", f"new_{fill}"))
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -151,7 +154,7 @@ def _from_choice(blocks: Blocks, choice: frozenset[int], slot: int, at: int) -> 
         for index in sources:
             if index < blocks.site.start:
                 return False
-            if index not in seen:
+            if index not in seen and log.entries[index].name not in _SHAPE_ONLY:
                 seen.add(index)
                 todo += [(read, index) for read in log.entries[index].reads]
     return True

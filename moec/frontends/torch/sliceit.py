@@ -80,9 +80,11 @@ def slice_at(
     params: Mapping[str, torch.Tensor],
     evidence: Sequence[str],
     more: Sequence[Log] = (),
+    *,
+    opened: bool = False,
 ) -> Lifted:
     """The lifted layer that slices `site`; the solution is for the first log, `more` reach experts `seen` do not."""
-    parts = [split(o.log, same_site(site, o.log), o.entries) for o in seen]
+    parts = [split(o.log, same_site(site, o.log), o.entries, opened=opened) for o in seen]
     _enclosed(parts)
     sliced = slice_block(parts, solution, [o.out for o in seen], body, seen[0].entries)
     log = seen[0].log

@@ -272,7 +272,7 @@ class Log:
         while todo:
             slot, at, within = todo.pop()
             since = given.get(self.storages[slot], -1)
-            sources = [(i, None) for i in self.writers(slot, at, within) if i > since]
+            sources: list[tuple[int, Extent | None]] = [(i, None) for i in self.writers(slot, at, within) if i > since]
             made = self.producer(slot)
             if made is not None and made < at and slot not in stop:
                 sources.append((made, within or self.extent(slot)))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import moec
 from moec import MoecError
+from tests.corpus import CASES
 from tests.frontend import changing
 from tests.frontend.changing import Direct, Plain, Sliced, made
 from tests.frontend.modules import told
@@ -49,6 +50,13 @@ def layers_in(program: Any) -> int:
 def in_graph(fast: nn.Module) -> Any:
     torch._dynamo.reset()
     return torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
+
+
+def test_a_tensor_that_the_experts_never_read_goes_along() -> None:
+    model = CASES["older.unread_argument"].make()
+    x = torch.randn(3, 7, 12)
+    with torch.no_grad():
+        agrees(in_graph(moec.compile(model, strict=True))(x), model(x))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -170,6 +170,9 @@ def _unfit(
     page.lines.append(f"if len(bound) != {len(others) + len(tensors)}: return 'other arguments'")
     for name, value in others.items():
         page.lines.append(f"if {name!r} not in bound: return 'other arguments'")
+        if isinstance(value, Ref):  # the code never reads that tensor
+            page.lines.append(f"if not isinstance(bound[{name!r}], torch.Tensor): return '{name} is no tensor'")
+            continue
         page.lines.append(f"if not Same(bound[{name!r}], {page.spell(value)}): return 'another value of {name}'")
     page.lines.append("return ''")
     return page.function("unfit(bound)")[0]

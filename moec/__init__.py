@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moec.errors import MoecError
     from moec.exporter.export import export
     from moec.exporter.result import ExportReport
+    from moec.hf import register_hf
     from moec.options import Options
     from moec.report import LayerReport, Report
 
@@ -25,6 +26,7 @@ _HOME = {
     "explain": "moec.api",
     "export": "moec.exporter.export",
     "refresh": "moec.api",
+    "register_hf": "moec.hf",
     "restore": "moec.api",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "explain",
     "export",
     "refresh",
+    "register_hf",
     "restore",
 ]
 

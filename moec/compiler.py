@@ -43,12 +43,12 @@ class Compiled:
     training: bool = False
     graphed: Graphed | None = None
 
-    def method_for(self, model: nn.Module) -> CompiledMethod:
+    def method_for(self, model: nn.Module, kind: type[CompiledMethod] = CompiledMethod) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
         # The method outlives the compilation: it must not hold on to the module that the probes ran on.
         views, region, backend = self.lifted.views, self.region, self.backend
         pack, graphs = self.pack, self.graphs
-        return CompiledMethod(
+        return kind(
             module=model.get_submodule(self.lifted.name),
             method=self.lifted.method,
             call=self.lifted.call,

@@ -48,6 +48,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC233": "layer changed between forward and backward",
         "MOEC234": "layer that cannot run inside of a graph",
         "MOEC235": "backward through a layer inside of a graph",
+        "MOEC236": "experts that transformers cannot run by moec",
         # 3xx: passes and their runner
         "MOEC301": "unknown pass",
         "MOEC302": "unknown or missing option of a pass",

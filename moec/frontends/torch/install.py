@@ -264,7 +264,7 @@ class CompiledMethod:
         module = memo.get(id(self.module))
         if module is None:
             raise MoecError("MOEC232", "a compiled method cannot be copied without its module", hint="copy the module")
-        copy = CompiledMethod.__new__(CompiledMethod)
+        copy = type(self).__new__(type(self))
         copy.module, copy.method, copy.call, copy.store, copy.build = (
             module, self.method, self.call, self.store, self.build
         )  # fmt: skip

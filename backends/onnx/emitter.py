@@ -5,7 +5,7 @@ Nodes are of the default domain from opset 18 on, unless a domain is named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -97,6 +97,11 @@ class Emitter:
         """A weight as an initializer, which is read when the file is written. It may have any strides."""
         title = self.name(name)
         return self._register(title, TorchTensor(tensor.detach().contiguous(), name=title))
+
+    def lazy(self, name: str, make: Callable[[], Any], dtype: Any, shape: Sequence[int]) -> Any:
+        """An initializer that `make` gives as an onnx-ir tensor each time it is read, and that nobody holds."""
+        title = self.name(name)
+        return self._register(title, ir.LazyTensor(make, dtype, ir.Shape(shape), name=title))
 
     def _register(self, title: str, tensor: Any) -> Any:
         value = ir.Value(name=title, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))

@@ -27,6 +27,8 @@ class Form:
     """Of a weight, where this form itself rounds weights: "qmoe" and "blocks"."""
     block: int = 128
     """How many weights of a row share a scale there."""
+    cuda: bool = False
+    """Says that QMoE's weights lie as they are, which the CUDA provider does not assume."""
     half: bool = False
     """MoE and QMoE compute in fp16, around which other types are cast."""
 

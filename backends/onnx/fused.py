@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.backends.onnx import activations
+from moec.backends.onnx import activations, own_moe
 from moec.backends.onnx.combining import sum_slots
 from moec.backends.onnx.grouping import count_rows, expert_keys, gather, groups_of, sort
 from moec.backends.onnx.integer import ByteRows
@@ -19,6 +19,8 @@ from moec.ir.ops_fused import FusedActivation
 
 def expert_ffn(op: ExpertFfn, low: Lowering) -> list[Any]:
     emit = low.emit
+    if low.form.experts != "sorted":
+        return [own_moe.expert_ffn(op, low)]
     experts = op.w_in.type.shape[0].constant or 0
     kind = wide_dtype(op.x.type.dtype)
     keys, inside = expert_keys(low, op.experts, experts)

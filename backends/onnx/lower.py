@@ -32,16 +32,18 @@ def lower(
     *,
     form: Form = EXACT,
     chosen: Sequence[str] = (),
+    sums_to_one: Sequence[str] = (),
 ) -> list[Any]:
     """Append the region's nodes to `emit`, over these values for its inputs; gives the values of its outputs.
 
-    `chosen` names inputs whose ids are known to be experts. Raises MOEC403 for an op without a lowering, MOEC405 for a
-    weight that is not as declared.
+    `chosen` names inputs whose ids are known to be experts, `sums_to_one` weights that do for every token. Raises
+    MOEC403 for an op without a lowering, MOEC405 for a weight that is not as declared.
     """
     verify(region)
     check(region)
     low = Lowering(emit, held_weights(region, weights), form=form)
     low.chosen.update(chosen)
+    low.sums_to_one.update(sums_to_one)
     for value, found in zip(region.inputs, inputs, strict=True):
         low.values[value.name] = found
         for axis, size in enumerate(value.type.shape):

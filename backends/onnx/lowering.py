@@ -36,6 +36,8 @@ class Lowering:
         self.groups: dict[str, Groups] = {}
         # Ids that a router chose are experts; others may mean "no expert".
         self.chosen: set[str] = set()
+        # Weights that are known to sum to one for every token.
+        self.sums_to_one: set[str] = set()
 
     def value(self, value: Value) -> Any:
         """The value as an output of a node; a weight becomes an initializer when first asked for."""

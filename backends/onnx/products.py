@@ -31,7 +31,7 @@ def dense(low: Lowering, x: Any, w: Value, b: Value | None, scale: Value | None,
     emit = low.emit
     if in_integers(low, scale, kind):
         assert scale is not None
-        return integer_linear(low, x, w, b, scale)
+        return integer_linear(low, x, w, b, scale, rank=rank)
     matrix = widened(low, low.value(w), w, scale, None, kind)
     bias = None if b is None else _as(low, low.value(b), b, kind)
     if rank == 2:

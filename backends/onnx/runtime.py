@@ -21,7 +21,7 @@ def session(
     *,
     threads: int | None = None,
     spinning: bool = False,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
 ) -> Any:
     """An inference session of an onnx-ir model, or of a file.
 

@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         choices=["portable", "cpu", "cuda"],
-        default="portable",
-        help="portable uses ONNX's own ops alone; cpu and cuda may use those that ONNX Runtime has there",
+        help="portable uses ONNX's own ops alone, cpu and cuda those that ONNX Runtime has there too; "
+        "default cuda where it works, else cpu",
     )
-    parser.add_argument("--quantize", choices=["int8"], help="int8 weights, and rows rounded to int8; changes results")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="fewer bits for weights; changes results")
     parser.add_argument("--tokens", type=counts, default=(), metavar="T,T,...", help="time before and after at these")
     parser.add_argument("--static", type=positive, metavar="T", help="every size fixed, with T tokens")
     parser.add_argument("--external-data", action="store_true", help="weights in OUT.data, as over 2 GB anyway")

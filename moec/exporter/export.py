@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.backends.onnx.own_moe import DOMAIN
+from moec.backends.onnx.providers import CPU, CUDA, check_installed, why_no_cuda
 from moec.backends.onnx.runtime import as_array, session
 from moec.bench import Effort, compare
 from moec.environment import machine, versions
@@ -40,6 +42,7 @@ def export(model: Any, path: Any, example_inputs: Any = None, **options: Any) ->
     Raises MOEC501 and MOEC502 for options, MOEC607 and MOEC706 for the path, MOEC209, 211, 213 and 701 to 703 for the
     model and its inputs, MOEC704 where a check fails, MOEC705 where there is nothing to rewrite.
     """
+    check_installed()
     settings = Settings.make(path, **options)
     if isinstance(model, str | Path):
         return _export_file(Path(model), settings)
@@ -80,7 +83,7 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
         _refuse_slower(report)
         say("writing")
         report.opset = made.model.opset_imports[""]
-        report.least_onnxruntime = least_runtime(report.opset)
+        report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(made.model))
         report.file_bytes = save(made.model, settings.path, _properties(report), external=settings.external_data)
         _load(settings.path, runner, made.feeds[0][1], report)
     report.versions, report.machine = versions(), machine()
@@ -108,19 +111,23 @@ def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _target_notes(settings: Settings) -> list[str]:
-    if settings.target == "portable":
-        return []
-    own = "ONNX Runtime's own MoE ops are not used yet, so the file is the portable one"
-    return [f"target {settings.target}: {own}" + (", not run on a GPU" if settings.target == "cuda" else "")]
+    """What a file for this target was checked on, where that is not the target."""
+    why = why_no_cuda() if settings.target == "cuda" else ""
+    return [f"checked and timed on the CPU: {why}"] if why else []
 
 
 def finish(written: Written, settings: Settings, report: ExportReport) -> None:
     """Write the file, then load and time it."""
     report.opset = written.model.opset_imports[""]
-    report.least_onnxruntime = least_runtime(report.opset)
+    report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(written.model))
     report.file_bytes = save(written.model, settings.path, _properties(report), external=settings.external_data)
     _time(_load(settings.path, runner, _feed(written, written.tensors), report), written, settings, report)
     report.versions, report.machine = versions(), machine()
+
+
+def _contrib(model: Any) -> bool:
+    """Whether the file has ops that only ONNX Runtime has."""
+    return any(node.domain == DOMAIN for node in model.graph.all_nodes())
 
 
 def _properties(report: ExportReport) -> dict[str, str]:
@@ -132,7 +139,7 @@ def _properties(report: ExportReport) -> dict[str, str]:
         "moec.target": report.target,
         "moec.quantize": report.quantize or "none",
         "moec.least_onnxruntime": report.least_onnxruntime,
-        "moec.execution_provider": "CPUExecutionProvider",
+        "moec.execution_provider": CUDA if report.target == "cuda" and not why_no_cuda() else CPU,
         "moec.verification": f"error {error} at {', '.join(report.whole_model_shapes)}",
         "moec.layers": dumps(layers),
     }

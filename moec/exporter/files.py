@@ -16,10 +16,14 @@ from moec.writing import check_writable
 MOST_BYTES = 2_000_000_000
 # The first release of ONNX Runtime that runs an opset.
 LEAST_RUNTIME = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.22"}
+# Where moec's use of ONNX Runtime's own ops was checked; attributes and defects changed before.
+LEAST_CONTRIB = "1.31"
 
 
-def least_runtime(opset: int) -> str:
-    """The oldest ONNX Runtime that loads this opset."""
+def least_runtime(opset: int, *, contrib: bool = False) -> str:
+    """The oldest ONNX Runtime that loads this opset; its own ops were checked in one release."""
+    if contrib:
+        return LEAST_CONTRIB
     return LEAST_RUNTIME.get(max(18, opset), f"one with opset {opset}")
 
 

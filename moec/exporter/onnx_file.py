@@ -20,9 +20,11 @@ from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
 from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
 from moec.exporter.confirm import confirm
-from moec.exporter.insert import Placed, put_before
+from moec.exporter.facts import Facts, facts_of
+from moec.exporter.insert import Placed, known, put_before
 from moec.exporter.invent import Feed, feeds
 from moec.exporter.lowerings import place
+from moec.exporter.probes import num_experts
 from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.frontends.onnx.load import load
@@ -110,7 +112,8 @@ def _place(model: Any, layer: Layer, feed: Feed, settings: Settings, report: Exp
     placed = place(layer.region, layer.weights, settings, told, 2e-6)
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
-    _put(model.graph, layer, replace(placed, name=layer.name))
+    facts = facts_of(layer.ids, layer.routing, num_experts(layer.region))
+    _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts)
     return True
 
 
@@ -131,7 +134,7 @@ def _ends(layer: Layer) -> dict[str, Any]:
     return {"x": layer.x, "y": layer.y}
 
 
-def _put(graph: Any, layer: Layer, placed: Placed) -> None:
+def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts) -> None:
     """The region in front of the node that gives its result, which then nobody reads."""
     emit = Emitter(layer.name)
     k = layer.region.inputs[1].type.shape[1].evaluate({})
@@ -141,7 +144,15 @@ def _put(graph: Any, layer: Layer, placed: Placed) -> None:
         weights = emit.reshape(layer.routing, -1, k)
     else:
         weights = emit.op("Expand", emit.scalar(1, "f32"), emit.op("Shape", ids))
-    (y,) = lower(placed.region, placed.weights, emit, [x, ids, weights], form=placed.form, chosen=("experts",))
+    (y,) = lower(
+        placed.region,
+        placed.weights,
+        emit,
+        [x, ids, weights],
+        form=placed.form,
+        chosen=("experts",),
+        sums_to_one=known(placed.region, facts)["sums_to_one"],
+    )
     if len(layer.y.shape) != 2:
         y = emit.op("Reshape", y, emit.op("Shape", layer.x), allowzero=1)
     emit.nodes[-1].doc_string = f"moec: {layer.name}\n{placed.region}"

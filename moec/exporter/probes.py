@@ -26,8 +26,13 @@ def num_experts(region: Region) -> int:
     return 1
 
 
-def region_probes(region: Region) -> Iterator[tuple[str, Tensors]]:
-    """Inputs of a region by what is odd about them."""
+def region_probes(region: Region, *, nonnegative: bool = False) -> Iterator[tuple[str, Tensors]]:
+    """Inputs of a region by what is odd about them; routers' weights of either sign, or `nonnegative` ones."""
+    for label, inputs in _region_probes(region):
+        yield label, [*inputs[:2], *(weights.abs() for weights in inputs[2:])] if nonnegative else inputs
+
+
+def _region_probes(region: Region) -> Iterator[tuple[str, Tensors]]:
     experts = num_experts(region)
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 2, 7, 33, 200):

@@ -11,7 +11,7 @@ from moec.errors import MoecError
 from moec.options import suggest
 
 TARGETS = ("portable", "cpu", "cuda")
-QUANTIZE = ("int8",)
+QUANTIZE = ("int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,11 @@ class Settings:
     """Options of moec.export."""
 
     path: Path
-    target: str = "portable"
-    """"portable": ONNX's own ops alone. "cpu" and "cuda" may use those that ONNX Runtime has there."""
+    target: str = ""
+    """"portable": ONNX's own ops alone. "cpu" and "cuda" may use those that ONNX Runtime has there. By itself "cuda"
+    where its CUDA provider loads, else "cpu"."""
     quantize: str | None = None
-    """"int8": int8 weights, one scale for each output of each expert, and rows rounded to int8 as they come."""
+    """"int8": int8 weights, and rows rounded to int8 as they come. "int4": in ONNX Runtime's own QMoE alone."""
     tokens: tuple[int, ...] = ()
     """Numbers of tokens to time before and after at; none by default."""
     static: bool = False
@@ -47,13 +48,25 @@ class Settings:
         if given.get("inputs") is not None:
             given["inputs"] = Path(given["inputs"])
         given = {**given, "path": Path(path), "tokens": _tokens(given.get("tokens") or ())}
-        _choice("target", given.get("target", "portable"), TARGETS)
+        if given.get("target") is None:
+            given["target"] = default_target()
+        _choice("target", given["target"], TARGETS)
         if given.get("quantize") is not None:
             _choice("quantize", given["quantize"], QUANTIZE)
+        if given.get("quantize") == "int4" and given["target"] == "portable":
+            hint = 'quantize="int8", or target="cpu" or "cuda"'
+            raise MoecError("MOEC502", "int4 is computed by ONNX Runtime's own QMoE, which is not portable", hint=hint)
         for name in ("static", "external_data"):
             if given.get(name) not in (None, True, False):
                 raise MoecError("MOEC502", f"{name}={given[name]!r} must be True or False", hint=f"{name}=True")
         return cls(**given)
+
+
+def default_target() -> str:
+    """ "cuda" where ONNX Runtime's CUDA provider loads, else "cpu"."""
+    from moec.backends.onnx.providers import why_no_cuda
+
+    return "cpu" if why_no_cuda() else "cuda"
 
 
 def _choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -70,6 +70,7 @@ def write(
     found = trace(twin, layers, layout, tensors, axes)
     name_sizes(found)
     inserted = insert(found, placed)
+    _report_absent(placed, inserted, report)
     _forget_unused(found)
     say("checking the whole model")
     written = Written(found, flat, layout.names, tensors, _shapes(found, layout.names, tensors))
@@ -102,9 +103,22 @@ def _place_all(
         watch.undo()
     _report_rest(analysis, wanted, report)
     if not placed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:3])
-        raise MoecError("MOEC705", f"no layer of {report.source} can be rewritten: {reasons or 'none was found'}")
+        raise _nothing(report)
     return placed, layers
+
+
+def _nothing(report: ExportReport) -> MoecError:
+    reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:3])
+    return MoecError("MOEC705", f"no layer of {report.source} can be rewritten: {reasons or 'none was found'}")
+
+
+def _report_absent(placed: Mapping[str, Placed], inserted: Sequence[Inserted], report: ExportReport) -> None:
+    """Layers whose method the model does not call. Raises MOEC705 where that is all of them."""
+    for key in placed.keys() - {one.key for one in inserted}:
+        if (told := placed[key].told) is not None:
+            told.reason = "it is never called while the model runs"
+    if not inserted:
+        raise _nothing(report)
 
 
 def _place(lifted: Lifted, model: nn.Module, settings: Settings, report: ExportReport) -> Placed | None:

@@ -41,7 +41,7 @@ def test_every_form_stays_near(make: str, at: dict[str, Any]) -> None:
     region = mixtral_layer("m", e=6, k=2, d=32, f=24, **at) if make == "experts" else dense_layer("m", d=32, f=24, **at)
     weights = store(region)
     exact = optimised(region)
-    way = next(ways(exact, Settings.make("m.onnx", quantize="int8")))
+    way = next(ways(exact, Settings.make("m.onnx", target="portable", quantize="int8")))
     assert way.form == INTEGER
     check = check_region(exact, way.region, weights, way.form, 2e-6)
     assert check.passed, check.why
@@ -51,7 +51,7 @@ def test_every_form_stays_near(make: str, at: dict[str, Any]) -> None:
 def test_a_token_does_not_depend_on_the_others() -> None:
     region = mixtral_layer("m", e=6, k=2, d=32, f=24, layout="concat", fn="silu")
     weights = store(region)
-    way = next(ways(optimised(region), Settings.make("m.onnx", quantize="int8")))
+    way = next(ways(optimised(region), Settings.make("m.onnx", target="portable", quantize="int8")))
     runtime = session(region_model(way.region, weights, form=way.form))
     x, ids, factors = torch.randn(9, 32), torch.randint(0, 6, (9, 2), dtype=torch.int32), torch.rand(9, 2)
     (alone,) = run(runtime, [x[3:4], ids[3:4], factors[3:4]])

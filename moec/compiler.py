@@ -11,8 +11,9 @@ from torch import nn
 
 from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
+from moec.frontends.torch.gradients import recording_of
 from moec.frontends.torch.graphed import Graphed, graphed
-from moec.frontends.torch.install import CompiledMethod
+from moec.frontends.torch.install import CompiledMethod, Recording
 from moec.frontends.torch.layer_op import forget
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.training import differs_in_training
@@ -42,6 +43,8 @@ class Compiled:
     strict: bool
     training: bool = False
     graphed: Graphed | None = None
+    recording: Recording | None = None
+    """How to build what computes gradients; None where the original is run again for them."""
 
     def method_for(self, model: nn.Module, kind: type[CompiledMethod] = CompiledMethod) -> CompiledMethod:
         """The method that stands in the model's own module of the same name."""
@@ -59,6 +62,7 @@ class Compiled:
             strict=self.strict,
             training=self.training,
             graphed=self.graphed,
+            recording=self.recording,
         )
 
 
@@ -115,12 +119,24 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
         if options.tunes and isinstance(executable, Tunes):
             executable.tune()
         layer.numerics_error = _numerics_error(lifted, executable)
+    recording = recording_of(lifted, layer, region, backend) if options.training else None
     _describe(layer, region, logs, executable, backend, lifted)
     found = _graphed(lifted, region, backend, executable, options)
     if isinstance(found, str):
         layer.evidence = (*layer.evidence, f"left out of graphs of torch.compile and torch.export: {found}")
     traced = found if isinstance(found, Graphed) else None
-    return Compiled(lifted, layer, region, backend, options.pack, options.graphs, options.strict, training, traced)
+    return Compiled(
+        lifted,
+        layer,
+        region,
+        backend,
+        options.pack,
+        options.graphs,
+        options.strict,
+        training,
+        traced,
+        recording,
+    )
 
 
 def _graphed(lifted: Lifted, region: Region, backend: str, executable: Executable, options: Options) -> Graphed | str:

@@ -45,7 +45,8 @@ class Options:
     passes: str | tuple[Any, ...] | None = None
     """Passes to run instead of the default ones: pass objects, or text like "merge-gate-up,fuse-experts"."""
     training: bool = False
-    """Compiled layers also serve training mode, where their code never asks for it: no dropout, no noise."""
+    """Compiled layers also serve training mode, where their code never asks for it: no dropout, no noise. Back ends
+    that have kernels for gradients use them, where they are verified to be the original's."""
     inplace: bool = False
     """Change the model given instead of returning a twin that shares its tensors."""
     pack: bool = False

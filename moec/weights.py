@@ -249,6 +249,21 @@ class WeightStore:
         """Bytes of the parameters the views lie in."""
         return sum(p.numel() * p.element_size() for p in map(self.param, self._homes))
 
+    def standing_in(self, tensors: Mapping[str, torch.Tensor]) -> WeightStore:
+        """The same views of other tensors, such as gradients, laid out like the parameters of these names."""
+        return _StandIns(self, tensors)
+
+
+class _StandIns(WeightStore):
+    """Reads tensors that are given instead of a module's."""
+
+    def __init__(self, store: WeightStore, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.__dict__.update(vars(store))
+        self._tensors = tensors
+
+    def param(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
 
 class _LazyExperts(Sequence["torch.Tensor"]):
     """Reads an expert's view only when asked: only hit experts are touched."""

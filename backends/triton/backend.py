@@ -13,6 +13,7 @@ from moec.backends.reference.backend import Reference
 from moec.backends.reference.fast import Fast
 from moec.errors import MoecError
 from moec.ir import DenseFfn, ExpertFfn, Op, Region
+from moec.weights import WeightStore
 
 OLDEST = (8, 0)
 """The least compute capability that the kernels are compiled for."""
@@ -74,6 +75,20 @@ class Triton(Reference):
         self.check(region, opaques)
         found = TritonExecutable(region, weights, opaques, pack=pack, plan=plan, device=device)
         return GraphedExecutable(found, region) if graphs else found
+
+    def recording(self, region: Region, weights: WeightStore, *, absent: bool = False) -> Executable | str:
+        """The region with gradients by kernels, part of the autograd graph; or why there are none for it."""
+        from moec.backends.triton.fused import TritonFused
+        from moec.backends.triton.recording import RecordingExecutable
+
+        device = "cpu" if interpreted() else "cuda"
+
+        def plan(op: Op) -> Fast | None:
+            return TritonFused(op, device) if isinstance(op, ExpertFfn | DenseFfn) else None
+
+        self.check(region, {})
+        found = RecordingExecutable(region, weights, plan=plan, device=device, absent=absent)
+        return found.why or found
 
 
 def backend() -> Triton:

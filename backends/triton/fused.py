@@ -80,6 +80,10 @@ class TritonFused:
         """Prepare for the weights in the frame."""
         self._prepared(at, at.device)
 
+    def prepared_at(self, at: Frame, device: torch.device) -> Prepared | None:
+        """The kernels of a device for the weights in the frame; None where they cannot read them."""
+        return self._prepared(at, device).prepared
+
     def prepared_for(self, device: torch.device, values: Mapping[str, Experts] | None = None) -> Prepared | None:
         """The kernels of a device, of these very weights where some are given; None where there are none."""
         held = self._held.get(device)

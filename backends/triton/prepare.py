@@ -11,6 +11,7 @@ import torch
 
 from moec.backends.triton.choose import Plan, Shape, choose
 from moec.backends.triton.gpu import GpuFacts, gpu_facts
+from moec.backends.triton.launch import Launch
 from moec.backends.triton.operands import Operands
 from moec.backends.triton.paths import make_run
 from moec.backends.triton.site import Run, Site
@@ -72,10 +73,10 @@ class Prepared:
         if tokens == 0:
             return out
         if ids is None:
-            ids = self._zeros(tokens)
+            ids = self.first_expert(tokens)
         if ids.shape[1] == 0:
             return out.zero_()
-        x, ids = _dense(x), ids.contiguous()
+        x, ids = dense(x), ids.contiguous()
         weights = None if weights is None else weights.contiguous()
         self.run_for(x, ids, weights, valid=valid, plan=plan)(x, ids, weights, valid, out)
         return out
@@ -102,23 +103,30 @@ class Prepared:
         valid: torch.Tensor | None,
         plan: Plan | None,
     ) -> Run:
-        precision = "wide" if self.facts.interpreted else "ieee"
-        if not self.facts.interpreted and self.layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-            precision = "tf32"
-        tokens, k = ids.shape
-        # Numbers of tokens share compiled kernels; other element types do not.
-        made = self._made.setdefault((*key[1:4], precision), {})
+        precision, (tokens, k) = self.precision(), ids.shape
+        made = self.launches(*key[1:4], precision)
         site = Site(self.layer, self.facts, k, weights is not None, valid is not None, precision, made)
         if len(self._runs) >= KEPT_RUNS:
             self._runs.clear()
         run = self._runs[key] = make_run(site, plan or self.plan(tokens, k), tokens)
         return run
 
+    def precision(self) -> str:
+        """Of products now: ieee or tf32, or wide in the interpreter."""
+        if self.facts.interpreted:
+            return "wide"
+        tf32 = self.layer.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return "tf32" if tf32 else "ieee"
+
+    def launches(self, *kind: Any) -> dict[Any, Launch]:
+        """Launches made so far for inputs of a kind: numbers of tokens share them, other element types do not."""
+        return self._made.setdefault(kind, {})  # type: ignore[no-any-return]
+
     def forget(self) -> None:
         """Drop the launches made so far, so that newly measured plans are taken."""
         self._runs.clear()
 
-    def _zeros(self, tokens: int) -> torch.Tensor:
+    def first_expert(self, tokens: int) -> torch.Tensor:
         """ids[T, 1] of one expert. None is ever given back to the allocator: graphs that were captured may read it."""
         if not self._ones or self._ones[-1].shape[0] < tokens:
             size = 1 << (tokens - 1).bit_length()
@@ -129,7 +137,7 @@ class Prepared:
         return self._ones[-1][:tokens]
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def dense(x: torch.Tensor) -> torch.Tensor:
     """x with rows one after the other from a multiple of 16 bytes on, which compiled kernels count on."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -3,7 +3,8 @@
 The override serves eval mode, and training mode where the layer is one function in both and the user asked for it. In
 another mode, under autocast, when the input's dtype or rank is not the verified one,
 or when a submodule that it replaces has got hooks, the original method runs instead; that is counted, warned of once
-with a code, and an error under strict. Gradients are the original's: backward runs the original again.
+with a code, and an error under strict. Gradients are the original's: backward runs the original again, or the back end
+computes them where they were verified to be the same.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 _MOST_REASONS = 16
 
 Build = Callable[[WeightStore], Executable]
+Recording = Callable[[WeightStore], Executable]
+"""Builds what computes gradients itself: its results are part of the autograd graph."""
 
 
 class FallbackWarning(UserWarning):
@@ -64,6 +67,7 @@ class CompiledMethod:
         strict: bool,
         training: bool = False,
         graphed: Graphed | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.module, self.method, self.call, self.store, self.build = module, method, call, store, build
         self.layer, self.replaced, self.strict, self.training = layer, replaced, strict, training
@@ -71,6 +75,8 @@ class CompiledMethod:
         watch(self.key, self)
         self.weights: WeightStore | None = None
         self.executable: Executable | None = None
+        self.recording = recording
+        self._recorder: Executable | None = None
         self._copied_from: tuple[str, Mapping[str, Hashable] | None] | None = None
         self._stale = ""
         self.restored = False
@@ -151,6 +157,8 @@ class CompiledMethod:
             if torch.is_grad_enabled():
                 needed = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor) and t.requires_grad]
                 if needed or any(p.requires_grad for p in self.module.parameters()):
+                    if self.recording is not None:
+                        return self.call(self.module, self._record(self.recording), args, kwargs)
                     if self._hooked():
                         return self._fall_back("it has hooks, which the backward would call again", args, kwargs)
                     return self._with_gradients(args, kwargs)
@@ -242,6 +250,14 @@ class CompiledMethod:
         reasons[key] = reasons.get(key, 0) + 1
         return (original or self.original)(*args, **kwargs)
 
+    def _record(self, recording: Recording) -> Executable:
+        """What computes gradients itself, built on first use."""
+        found = self._recorder
+        if found is None:
+            assert self.weights is not None
+            found = self._recorder = recording(self.weights)
+        return found
+
     def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         executable, guards = self.ready(), self._guards
         assert guards is not None
@@ -271,6 +287,7 @@ class CompiledMethod:
         copy.layer = memo.get(id(self.layer), self.layer)
         copy.replaced, copy.strict, copy.weights, copy.executable = self.replaced, self.strict, None, None
         copy.training, copy.graphed, copy.key = self.training, self.graphed, new_key()
+        copy.recording, copy._recorder = self.recording, None
         watch(copy.key, copy)
         copy._taken, copy._guards = self._taken, None
         # Built on first use, when the new module is complete: it must then still be what it was copied from.

@@ -92,7 +92,7 @@ class Layer:
         with (
             torch.enable_grad(),
             _as_in_forward(self.module),
-            _in_place([(slot, given.get(id(slot.tensor), slot.tensor)) for slot in self.slots]),
+            in_place([(slot, given.get(id(slot.tensor), slot.tensor)) for slot in self.slots]),
             torch.autocast(device, enabled=False),
         ):
             return self.original(*args, **kwargs)
@@ -196,7 +196,7 @@ def _as_in_forward(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(tensors: Sequence[tuple[Slot, torch.Tensor]]) -> Iterator[None]:
+def in_place(tensors: Sequence[tuple[Slot, torch.Tensor]]) -> Iterator[None]:
     """These tensors in their places: functional_call has taken its own away by the time of the backward."""
     others = [(slot, tensor, slot.table.get(slot.key)) for slot, tensor in tensors]
     others = [(slot, tensor, now) for slot, tensor, now in others if now is not tensor]

@@ -177,6 +177,8 @@ CASES = (
         _log_weights(_qmoe(normalize_routing_weights=1)), _of_quantized(_chosen), "use the portable form",
     ),
 )  # fmt: skip
+# What a target's form rests on.
+RESTS_ON = {"--target cpu": ("moe-log-weights", "qmoe-log-weights")}
 
 
 def examine() -> list[Finding]:

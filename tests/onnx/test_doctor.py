@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moec.backends.onnx import defects
+from moec.backends.onnx import defects, defects_cuda
+from moec.backends.onnx.providers import CPU, why_no_cuda
 from moec.cli import main
 
 
@@ -50,9 +52,29 @@ def test_an_op_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found["B1"].status, found["B1"].found) == ("refused", "no such op")
 
 
+def test_the_cases_for_cuda_expect_the_right_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, which has no kernel for a third matrix and none for bf16, and needs no word about raw weights."""
+    on_cpu = partial(defects_cuda.run_on_cuda, providers=[CPU])
+    monkeypatch.setattr(defects_cuda, "run_on_cuda", on_cpu)
+    # It rounds rows to int8 as well.
+    monkeypatch.setitem(defects_cuda.CLOSE, "fp16", 2.5e-2)
+    status = {one.name: one.status for one in defects_cuda.examine_cuda()}
+    others = {"cuda-gated-silu": "refused", "cuda-gated-gelu": "refused", "cuda-swiglu-bf16": "refused"}
+    assert status == {name: others.get(name, "right") for name in status}
+
+
+def test_what_cuda_files_rest_on_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {case.name for case in defects_cuda.CASES}
+    assert names.issuperset(name for rests in defects_cuda.RESTS_ON.values() for name in rests)
+    monkeypatch.setattr(defects_cuda, "run_on_cuda", lambda op, layer, *_, **__: np.ones_like(layer.x))
+    assert {one.status for one in defects_cuda.examine_cuda()} == {"wrong"}
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {one["status"] for one in told["findings"]} <= {"right", "wrong", "refused"}
+    assert told["safe"]["--target cpu"] == "safe"
+    assert ("CUDAExecutionProvider" in told["examined"]) == (not why_no_cuda())
     assert main(["doctor"]) == 0
-    assert "--target portable uses ONNX's own ops alone" in capsys.readouterr().out
+    assert "--target portable: safe: uses ONNX's own ops alone" in capsys.readouterr().out

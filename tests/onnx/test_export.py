@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import moec
+from moec.backends.onnx.providers import why_no_cuda
 from moec.demo.data import load_model
 from moec.exporter import export as exporting
-from moec.backends.onnx.providers import why_no_cuda
 from moec.exporter.check import Check
 from moec.verify import FP32_BAR
 from tests.onnx import models

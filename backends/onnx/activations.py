@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.backends.onnx.emitter import Emitter
 from moec.backends.onnx.lowering import Lowering, wide_dtype
-from moec.ir import Act, Glu
+from moec.ir import Act, Glu, Pointwise
+from moec.ir.formula import Formula, fold, parse_formula
 from moec.ir.ops_activation import Activation, GatedActivation
 
 
@@ -102,3 +103,33 @@ def glu(op: Glu, low: Lowering) -> list[Any]:
     up = None if op.up is None else low.wide(op.up)
     width = op.result_types()[0].shape[-1].constant or 0
     return [low.rounded(gated(low.emit, low.wide(op.gate), up, op, wide_dtype(dtype), width), dtype)]
+
+
+_NODES = {
+    "+": "Add",
+    "-": "Sub",
+    "*": "Mul",
+    "/": "Div",
+    "exp": "Exp",
+    "abs": "Abs",
+    "neg": "Neg",
+    "min": "Min",
+    "max": "Max",
+}
+
+
+def pointwise(op: Pointwise, low: Lowering) -> list[Any]:
+    emit, dtype = low.emit, wide_dtype(op.a.type.dtype)
+    given = {"a": low.wide(op.a), "b": None if op.b is None else low.wide(op.b)}
+
+    def apply(fn: str, args: Sequence[Any]) -> Any:
+        if fn == "square":
+            return emit.op("Mul", args[0], args[0])
+        if fn == "silu":
+            return _silu(emit, args[0], 1, dtype)
+        return emit.op(_NODES[fn], *args) if fn in _NODES else FUNCTIONS[fn](emit, args[0], dtype)
+
+    def leaf(at: Formula) -> Any:
+        return given[at.fn] if at.fn in given else emit.scalar(at.value, dtype)
+
+    return [low.rounded(fold(parse_formula(op.formula), leaf, apply), op.a.type.dtype)]

@@ -28,6 +28,7 @@ from moec.ir import (
     Mul,
     Norm,
     Op,
+    Pointwise,
     QuantizeRows,
     Route,
     RouteExperts,
@@ -70,6 +71,7 @@ LOWERINGS: Mapping[type[Op], Lower] = {
     Linear: products.linear,
     Mul: _elementwise("Mul"),
     Norm: norms.norm,
+    Pointwise: activations.pointwise,
     QuantizeRows: products.quantize_rows,
     Route: routing.route,
     RouteExperts: routing.route_experts,
@@ -79,7 +81,8 @@ LOWERINGS: Mapping[type[Op], Lower] = {
 
 def unsupported(op: Op) -> str | None:
     """Why the op has no lowering, or None."""
-    if getattr(op, "fn", "") == "gelu" and op.result_types()[0].dtype == "f64":
+    erf = getattr(op, "fn", "") == "gelu" or "gelu(" in getattr(op, "formula", "")
+    if erf and op.result_types()[0].dtype == "f64":
         return "ONNX Runtime has no Erf in f64"
     if type(op) in LOWERINGS or op.of_weights:
         return _unsized(op)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moec.backends.reference.dtypes import wide
+from moec.ir.formula import Formula, fold
 from moec.ir.ops_activation import Activation, GatedActivation
 
 
@@ -39,6 +40,32 @@ def activate(x: torch.Tensor, op: Activation) -> torch.Tensor:
     if op.limit is not None and op.clamp_after:
         x = x.clamp(max=op.limit)
     return x
+
+
+_MORE: dict[str, Callable[..., torch.Tensor]] = {
+    **FUNCTIONS,
+    "exp": torch.exp,
+    "square": torch.square,
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "+": torch.add,
+    "-": torch.sub,
+    "*": torch.mul,
+    "/": torch.div,
+}
+
+
+def pointwise(a: torch.Tensor, b: torch.Tensor | None, formula: Formula) -> torch.Tensor:
+    """a[...], b[...]? -> the formula's value in fp32 (f64 for f64), rounded once."""
+    kind = wide(a)
+    given = {"a": a.to(kind), "b": a.to(kind) if b is None else b.to(kind)}
+
+    def leaf(at: Formula) -> torch.Tensor:
+        return given[at.fn] if at.fn in given else torch.tensor(at.value, dtype=kind, device=a.device)
+
+    return fold(formula, leaf, lambda fn, args: _MORE[fn](*args)).to(a.dtype)
 
 
 def act(x: torch.Tensor, op: Activation) -> torch.Tensor:

@@ -36,6 +36,7 @@ from moec.ir import (
     Norm,
     Op,
     Opaque,
+    Pointwise,
     QuantizeRows,
     QuantizeWeight,
     Route,
@@ -44,6 +45,7 @@ from moec.ir import (
     SelectExperts,
     Value,
 )
+from moec.ir.formula import parse_formula
 
 Results = tuple[Experts, ...]
 
@@ -99,6 +101,10 @@ def _act(op: Act, at: Frame) -> Results:
 
 def _glu(op: Glu, at: Frame) -> Results:
     return (activations.glu(at.tensor(op.gate), at.maybe(op.up), op),)
+
+
+def _pointwise(op: Pointwise, at: Frame) -> Results:
+    return (activations.pointwise(at.tensor(op.a), at.maybe(op.b), parse_formula(op.formula)),)
 
 
 def _norm(op: Norm, at: Frame) -> Results:
@@ -210,6 +216,7 @@ MEANINGS: Mapping[type[Op], Meaning] = {
     Mul: _mul,
     Norm: _norm,
     Opaque: opaque,
+    Pointwise: _pointwise,
     QuantizeRows: _quantize_rows,
     QuantizeWeight: _quantize_weight,
     Route: _route,

@@ -6,7 +6,7 @@ from moec.ir.diff import diff
 from moec.ir.ops_activation import FUNCTIONS, FUSED_LAYOUTS, Act, Glu
 from moec.ir.ops_combine import Combine, IdentityRows, ScaleRows
 from moec.ir.ops_dense import CombineDense, DispatchDense
-from moec.ir.ops_elementwise import Add, Mul
+from moec.ir.ops_elementwise import Add, Mul, Pointwise
 from moec.ir.ops_fused import DenseFfn, ExpertFfn, ExpertGlu
 from moec.ir.ops_group import Exchange, Gather, Group
 from moec.ir.ops_linear import GroupedLinear, Linear, QuantizeRows
@@ -54,6 +54,7 @@ __all__ = [
     "Norm",
     "Op",
     "Opaque",
+    "Pointwise",
     "Program",
     "QuantizeRows",
     "QuantizeWeight",

@@ -158,6 +158,31 @@ BROKEN = [
     ),
     # add, mul
     ("add(%x, %order)", OPERANDS, "MOEC104", "a is f32[T, 64] but b is i32[2T]: they must hold the same type"),
+    ('pointwise(%order) {formula="a"}', OPERANDS, "MOEC104", "a must hold floating point numbers, found i32[2T]"),
+    (
+        'pointwise(%x, %order) {formula="a * b"}',
+        OPERANDS,
+        "MOEC104",
+        "b is i32[2T] but a is f32[T, 64]: they must hold the same type",
+    ),
+    (
+        'pointwise(%x, %rows) {formula="a * b"}',
+        OPERANDS,
+        "MOEC105",
+        "b must be [T, 64] like a f32[T, 64], found f32[2T, 64]",
+    ),
+    (
+        'pointwise(%x) {formula="a * b"}',
+        OPERANDS,
+        "MOEC106",
+        'formula="a * b" must read a, and nothing else',
+    ),
+    (
+        'pointwise(%x, %x) {formula="tanh(b)"}',
+        OPERANDS,
+        "MOEC106",
+        'formula="tanh(b)" must read a and b, and nothing else',
+    ),
     ("mul(%b2, %b2)", OPERANDS, "MOEC104", "a must hold numbers, found bool[T, 64]"),
     (
         "mul(%x, %rows)",

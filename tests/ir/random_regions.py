@@ -31,6 +31,7 @@ from moec.ir import (
     Mul,
     Norm,
     Opaque,
+    Pointwise,
     QuantizeRows,
     QuantizeWeight,
     Region,
@@ -229,6 +230,13 @@ def _norm(m: Making) -> None:
     m.builder.add(Norm(x, offsets=m.value("i32", m.experts + 1), w=w, kind=kind, eps=eps))
 
 
+def _pointwise(m: Making) -> None:
+    size, formula = (m.slots(), m.width()), m.draw(st.sampled_from(["tanh(a / 3) * 3", "a * sigmoid(-a)"]))
+    a = m.value(m.dtype, *size)
+    gated = m.draw(st.booleans())
+    m.builder.add(Pointwise(a, m.value(m.dtype, *size) if gated else None, formula=formula + " * b" * gated))
+
+
 def _dense_dispatch(m: Making) -> None:
     weights, d = m.value("f32", m.tokens, m.experts, m.width()), m.width()
     softmax = m.draw(st.booleans())
@@ -285,6 +293,7 @@ MAKERS: dict[str, Callable[[Making], object]] = {
     "linear": _linear,
     "mul": _mul,
     "norm": _norm,
+    "pointwise": _pointwise,
     "opaque": _opaque,
     "quantize_rows": _quantize_rows,
     "quantize_weight": _quantize_weight,

@@ -80,6 +80,8 @@ RULES = [
     ("dispatch_dense(%x, %w) {softmax=true}", "x: f32[T, 64], w: f32[T, 8, 4]", "f32[32, 64], i32[9]"),
     ("combine_dense(%rows, %w)", "rows: bf16[E*C, 64], w: f32[T, E, C]", "bf16[T, 64]"),
     # elementwise
+    ('pointwise(%a) {formula="a * sigmoid(a)"}', "a: bf16[2T, 64]", "bf16[2T, 64]"),
+    ('pointwise(%a, %b) {formula="tanh(a) * b"}', "a: f32[T, 8], b: f32[T, 8]", "f32[T, 8]"),
     ("add(%a, %b)", "a: f32[T, 64], b: f32[T, 64]", "f32[T, 64]"),
     ("add(%a, %b)", "a: f32[64], b: f32[T, 64]", "f32[T, 64]"),
     ("mul(%a, %b)", "a: f32[T, 1], b: f32[T, 64]", "f32[T, 64]"),

@@ -32,11 +32,13 @@ from moec.ir import (
     Linear,
     Norm,
     Op,
+    Pointwise,
     QuantizeRows,
     Route,
     RouteExperts,
     ScaleRows,
 )
+from moec.ir.formula import UNARY
 from moec.ir.ops_activation import FUNCTIONS
 from tests.backends.running import DTYPES, FLOATS, Operand, Weights, evaluate, single
 from tests.backends.shapes import Routing, each_routing, some
@@ -44,6 +46,7 @@ from tests.backends.test_fused import FORMS
 from tests.onnx.running import both
 
 D, F, W = 6, 4, 5
+POINTWISE = [*(f"{fn}(a)" for fn in UNARY), "9 * tanh(a / 9) * sigmoid(a) * b", "min(max(a, -1), 1) - b"]
 each_form = pytest.mark.parametrize("at", FORMS, ids=lambda at: f"{at['fn']}-{at['layout']}")
 each_float = pytest.mark.parametrize("dtype", FLOATS)
 
@@ -229,3 +232,9 @@ def test_rows_without_a_number_stay_so_in_int8() -> None:
 def test_norm(kind: str) -> None:
     compare(Norm, {"x": some(7, D), "w": some(D), "b": some(D)}, kind=kind, eps=1e-6, w_shift=1.0)
     compare(Norm, {"x": torch.zeros(3, D)}, kind=kind, eps=1e-6)
+
+
+@pytest.mark.parametrize("formula", POINTWISE)
+def test_pointwise(formula: str) -> None:
+    given = {"a": some(7, F, scale=3.0), "b": some(7, F)}
+    compare(Pointwise, given if "b" in formula.replace("abs", "") else {"a": given["a"]}, formula=formula)

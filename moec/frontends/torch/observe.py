@@ -5,6 +5,7 @@ B sequences, S positions, D width, T = B * S tokens.
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class Driver:
         watch = Watch(
             self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)]
         )
-        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
+        args, kwargs = tree_map(_own, (self.args, self.kwargs))
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         watch.inputs = [(t, t._version) for t in given if not t.is_inference()]
         try:
@@ -111,7 +112,10 @@ class Drivers:
             if site.method == "forward" and site.path not in self.captured:
                 given = tree_map(lambda v, at=site.start: _value(log, v, at), (site.args, site.kwargs), is_leaf=_is_ref)
                 self.captured[site.path] = given
-        return tree_map(lambda v: _value(log, v, len(log.entries)), log.result, is_leaf=_is_ref)
+        # Probes run on what calls were given, and a cache that grows there may be a part of the result.
+        return tree_map(
+            lambda v: _value(log, v, len(log.entries)) if _is_ref(v) else _own(v), log.result, is_leaf=_is_ref
+        )
 
     def drivers(self, name: str, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Driver]:
         """Drivers for the candidate called `name`, smallest module first."""
@@ -153,6 +157,18 @@ class Drivers:
                 if (path, width, rank) in self.hopeless:
                     continue
                 yield Driver(path, module, (tokens(shape, dtype, 1, device=device),), {}, width, rank)
+
+
+def _own(value: Any) -> Any:
+    """A copy that a run may change: of a tensor, or of an object such as a cache of keys and values."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # the user's object may refuse to be copied in any way
+        return value
 
 
 def _is_ref(value: Any) -> bool:

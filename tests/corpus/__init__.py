@@ -16,6 +16,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     positive_moe,
     selection,
     weights,
+    wider,
 )
 from tests.corpus.case import CASES, Case
 from tests.corpus.inlined import add_inlined

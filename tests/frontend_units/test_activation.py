@@ -180,7 +180,7 @@ def body_of(middle: Callable[[Tensor], Tensor]) -> Any:
     module = Do(lambda m, x: F.linear(middle(F.linear(x, m.up)), m.down), up=rand(6, 4), down=rand(4, 6))
     log = record(module, (rand(5, 4),), {})
     instances = find_instances(log, LinearFinder(log, params_of(module), lambda name: True).find(0, len(log.entries)))
-    return build_body(log, instances, [Bank(role, (view,)) for role, view in roles(instances[0]).items()])
+    return build_body(log, instances, [Bank(role, (view,)) for role, view in roles(instances[0]).items()], {})
 
 
 def test_recorded_code_is_asked() -> None:

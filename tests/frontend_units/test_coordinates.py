@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moec.frontends.torch import coordinates
+from moec.frontends.torch.activation import Activation
 from moec.frontends.torch.batched import read_batched
 from moec.frontends.torch.coordinates import Operand, line, moved_from, number, stack_of
 from moec.frontends.torch.instances import NotLifted
@@ -182,8 +183,7 @@ def test_the_body_of_batched_experts(how: str) -> None:
     reading = read_batched(log, set(params), params)
     assert reading.body.experts == E
     assert reading.reached == {0, 1, 2}
-    assert reading.body.activation is not None
-    assert reading.body.activation.fn == "relu"
+    assert reading.body.activation == Activation("relu")
     for e in range(E):
         mine = reading.body.expert(params, e, x)
         torch.testing.assert_close(mine, F.linear(F.relu(F.linear(x, UP[e])), DOWN[e]))

@@ -38,15 +38,25 @@ def unify(
         first, other = (roles(instances[i])["w_up0"] for i in (0, odd))
         raise NotLifted(f"experts differ: {_place(first)} and {_place(other)} go through different operations")
     found = [roles(i) for i in instances]
+    shared = [Bank(role, (view,)) for role, view in found[0].items() if _is_shared(role, found, params)]
+    one_for_all = {bank.role for bank in shared}
+    found = [{role: view for role, view in f.items() if role not in one_for_all} for f in found]
     banks = [Bank(role, complete([f[role] for f in found], module, prefix, params)) for role in found[0]]
-    counts = {len(bank.views) for bank in banks}
-    if len(counts) > 1:
-        raise NotLifted(f"weights are for different numbers of experts: {sorted(counts)}")
+    # One stack may have more places than another: only what all of them have can be an expert.
+    count = min(len(bank.views) for bank in banks)
+    banks = [Bank(bank.role, bank.views[:count]) for bank in banks]
     index = {bank.role: {v: e for e, v in enumerate(bank.views)} for bank in banks}
     for f in found:
-        if len({index[role].get(view) for role, view in f.items()}) != 1:
+        places = {index[role].get(view) for role, view in f.items()}
+        if len(places) != 1 or None in places:
             raise NotLifted("an expert takes its weights from several places of the stacks")
-    return banks
+    return [*banks, *shared]
+
+
+def _is_shared(role: str, found: Sequence[dict[str, View]], params: dict[str, torch.Tensor]) -> bool:
+    """Whether a norm behind the experts reads one whole vector for all of them."""
+    views = {f[role] for f in found}
+    return role.endswith("_tail") and len(views) == 1 and _one_per_module(found[0][role], params)
 
 
 def _place(view: View) -> str:

@@ -12,13 +12,15 @@ import torch
 
 from moec.frontends.torch.activation import constants, name_activation
 from moec.frontends.torch.banks import Bank
-from moec.frontends.torch.body import Body
+from moec.frontends.torch.body import Body, view_tensor, written_body
 from moec.frontends.torch.coordinates import MOVES, Line, line, moved_from, number, stack_of
+from moec.frontends.torch.formula import write_activation
 from moec.frontends.torch.instances import Instance, NotLifted, find_instances
 from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Entry, Log, Ref
 from moec.frontends.torch.replay import replay
 from moec.frontends.torch.routedslice import Reading
+from moec.frontends.torch.tail import name_tail, with_tail
 from moec.weights import View
 
 
@@ -42,16 +44,18 @@ def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]
     found = [p for e in log.entries if (p := _product(log, e, expert_params)) is not None]
     if not found:
         raise NotLifted("no product with the candidate's weights was seen")
-    return read_products(log, [_with_bias(log, p, params) for p in found])
+    return read_products(log, [_with_bias(log, p, params) for p in found], params)
 
 
-def read_products(log: Log, products: Sequence[Product]) -> Reading:
+def read_products(log: Log, products: Sequence[Product], params: Mapping[str, torch.Tensor]) -> Reading:
     """The body of experts whose layers are one product each. Raises NotLifted with the reason."""
     by_entry = {p.linear.entry: p for p in products}
     instances = find_instances(log, [p.linear for p in products])
     if len(instances) != 1:
         raise NotLifted(f"{len(instances)} batched products where one expert body was expected")
     instance = instances[0]
+    axis = by_entry[instance.last_product.entry].out_axis
+    instance = with_tail(log, instance, dict(params), axis)
     parts = [by_entry[up.entry] for up in instance.ups]
     down = by_entry[instance.down.entry] if instance.down is not None else None
     banks = {}
@@ -62,21 +66,41 @@ def read_products(log: Log, products: Sequence[Product]) -> Reading:
             banks[f"b_{role}"] = Bank(f"b_{role}", part.bias)
     if len({len(bank.views) for bank in banks.values()}) > 1:
         raise NotLifted("weights are for different numbers of experts")
-    activation = None
-    if down is not None:
-        activation = name_activation(
-            lambda hidden: _ask(log, instance, parts, down, hidden),
-            [part.bank[0].shape[0] for part in parts],
-            down.bank[0].shape[1],
-            constants(log, instance.middle),
-            1e-5 if log.tensors[down.linear.source].dtype in (torch.float32, torch.float64) else 2e-2,
-        )
-        if activation is None:
-            ops = [log.entries[i].name for i in instance.middle if log.entries[i].name not in MOVES]
-            raise NotLifted(
-                f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}"
-            )
-    return Reading(Body(banks, activation), instance.entries, (down or parts[0]).experts)
+    body = Body(banks, None) if down is None else _with_activation(log, instance, parts, down, banks)
+    if instance.tail:
+        body = _with_tail(log, instance, body, params, axis)
+    return Reading(body, instance.entries, (down or parts[0]).experts)
+
+
+def _with_activation(
+    log: Log, instance: Instance, parts: list[Product], down: Product, banks: Mapping[str, Bank]
+) -> Body:
+    def ask(hidden: list[torch.Tensor]) -> torch.Tensor:
+        return _ask(log, instance, parts, down, hidden)
+
+    widths, width = [part.bank[0].shape[0] for part in parts], down.bank[0].shape[1]
+    tolerance = 1e-5 if log.tensors[down.linear.source].dtype in (torch.float32, torch.float64) else 2e-2
+    activation = name_activation(ask, widths, width, constants(log, instance.middle), tolerance)
+    if activation is not None:
+        return Body(banks, activation)
+    written = write_activation(log, instance, width, ask, tolerance, parts[0].out_axis)
+    if written is None:
+        ops = [log.entries[i].name for i in instance.middle if log.entries[i].name not in MOVES]
+        raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
+    return written_body(banks, written)
+
+
+def _with_tail(log: Log, instance: Instance, body: Body, params: Mapping[str, torch.Tensor], axis: int) -> Body:
+    """The body with a norm that all experts share; what is gathered for each row is not followed."""
+    if any(params[view.param].numel() != view.shape[0] for view in instance.vectors):
+        raise NotLifted("the norm behind the experts' layers is not one vector for all of them")
+    norm, places = name_tail(log, instance, [view_tensor(params, view) for view in instance.vectors], axis)
+    vectors = {
+        role: Bank(role, (instance.vectors[place],))
+        for role, place in zip(("w_tail", "b_tail"), places, strict=True)
+        if place is not None
+    }
+    return replace(body, banks={**body.banks, **vectors}, tail=norm)
 
 
 _PRODUCTS = frozenset({"bmm", "mm", "baddbmm", "addmm"})

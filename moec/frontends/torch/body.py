@@ -8,28 +8,41 @@ expert's weights are widened at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moec.frontends.torch.activation import Activation, constants, name_activation
 from moec.frontends.torch.banks import Bank
+from moec.frontends.torch.formula import Written, write_activation
 from moec.frontends.torch.instances import Instance, NotLifted
 from moec.frontends.torch.oplog import Log
 from moec.frontends.torch.replay import replay
+from moec.frontends.torch.tail import Norm, name_tail
 from moec.weights import View
 
 
 @dataclass(frozen=True)
 class Body:
-    """`banks` by role (w_up0, b_up0, w_up1, b_up1, w_down, b_down) and what happens between the two layers."""
+    """`banks` by role (w_up0, b_up0, w_up1, b_up1, w_down, b_down) and what happens between the two layers.
+
+    `tail` is a norm of each expert's result; its weight and bias (w_tail, b_tail) are banks too, of one view where all
+    experts share them. Experts E..E+identities-1 have no weights and return their input.
+    """
 
     banks: Mapping[str, Bank]
-    activation: Activation | None
+    activation: Activation | Written | None
+    identities: int = 0
+    tail: Norm | None = None
 
     @property
     def experts(self) -> int:
         return len(self.banks["w_up0"].views)
+
+    @property
+    def choices(self) -> int:
+        """Ids that stand for an expert."""
+        return self.experts + self.identities
 
     @property
     def inputs(self) -> int:
@@ -48,7 +61,10 @@ class Body:
 
         def read(role: str) -> torch.Tensor | None:
             bank = self.banks.get(role)
-            return None if bank is None else view_tensor(params, bank.views[index]).to(rows.dtype)
+            if bank is None:
+                return None
+            shared = role.endswith("_tail") and len(bank.views) == 1
+            return view_tensor(params, bank.views[0 if shared else index]).to(rows.dtype)
 
         def product(x: torch.Tensor, which: str) -> torch.Tensor:
             weight, bias = read(f"w_{which}"), read(f"b_{which}")
@@ -56,9 +72,8 @@ class Body:
             return torch.nn.functional.linear(x, weight, bias)
 
         hidden = [product(rows, f"up{i}") for i in range(2) if f"w_up{i}" in self.banks]
-        if self.activation is None:
-            return hidden[0]
-        return product(self.activation(hidden), "down")
+        out = hidden[0] if self.activation is None else product(self.activation(hidden), "down")
+        return out if self.tail is None else self.tail(out, read("w_tail"), read("b_tail"))
 
     def evaluate(
         self,
@@ -70,19 +85,19 @@ class Body:
         on_input: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """x [T, C], experts [T, K] (E means none), weights [T, K] -> [T, N] in `dtype`.
+        """x [T, C], experts [T, K] (ids that stand for no expert add nothing), weights [T, K] -> [T, N] in `dtype`.
 
         `on_input` applies the weights to x instead of to the experts' results.
         """
         x, weights = x.to(dtype), weights.to(dtype)
         out = torch.zeros(x.shape[0], self.outputs, dtype=dtype, device=x.device)
         for expert in torch.unique(experts).tolist():
-            if not 0 <= expert < self.experts:
+            if not 0 <= expert < self.choices:
                 continue
             token, slot = torch.where(experts == expert)
             factor = weights[token, slot, None]
             rows = x[token] * factor if on_input else x[token]
-            y = self.expert(params, expert, rows)
+            y = self.expert(params, expert, rows) if expert < self.experts else rows
             out.index_add_(0, token, y if on_input else y * factor)
         return out
 
@@ -92,24 +107,64 @@ def view_tensor(params: Mapping[str, torch.Tensor], view: View) -> torch.Tensor:
     return param.as_strided(view.shape, view.stride, param.storage_offset() + view.offset)
 
 
-def build_body(log: Log, instances: Sequence[Instance], banks: Sequence[Bank]) -> Body:
+def build_body(
+    log: Log, instances: Sequence[Instance], banks: Sequence[Bank], params: Mapping[str, torch.Tensor]
+) -> Body:
     """Name the activation and put the body together; raises NotLifted when it has no name."""
-    named = {bank.role: bank for bank in banks}
     # An expert may have run without rows; one that had many answers best.
     instance = max(instances, key=lambda i: log.tensors[i.rows].numel())
+    named = {bank.role: bank for bank in banks if not bank.role.endswith("_tail")}
+    body = _without_tail(log, instance, named)
+    if not instance.tail:
+        return body
+    norm, places = name_tail(log, instance, [view_tensor(params, view) for view in instance.vectors])
+    vectors = {bank.role: bank for bank in banks if bank.role.endswith("_tail")}
+    for role, place in zip(("w_tail", "b_tail"), places, strict=True):
+        if place is not None:
+            named[role] = Bank(role, vectors[f"{place}_tail"].views)
+    return replace(body, banks=named, tail=norm)
+
+
+def _without_tail(log: Log, instance: Instance, named: Mapping[str, Bank]) -> Body:
     if instance.down is None:
         return Body(named, None)
-    activation = name_activation(
-        lambda hidden: _ask(log, instance, hidden),
-        [up.weight.shape[0] for up in instance.ups],
-        instance.down.weight.shape[1],
-        constants(log, instance.middle),
-        1e-5 if log.tensors[instance.down.source].dtype in (torch.float32, torch.float64) else 2e-2,
-    )
-    if activation is None:
+    widths, width = [up.weight.shape[0] for up in instance.ups], instance.down.weight.shape[1]
+    tolerance = 1e-5 if log.tensors[instance.down.source].dtype in (torch.float32, torch.float64) else 2e-2
+
+    def ask(hidden: list[torch.Tensor]) -> torch.Tensor:
+        return _ask(log, instance, hidden)
+
+    activation = name_activation(ask, widths, width, constants(log, instance.middle), tolerance)
+    if activation is not None:
+        return Body(named, activation)
+    written = write_activation(log, instance, width, ask, tolerance)
+    if written is None:
         ops = [log.entries[i].name for i in instance.middle]
         raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
-    return Body(named, activation)
+    return written_body(named, written)
+
+
+def written_body(named: Mapping[str, Bank], written: Written) -> Body:
+    """The body of a formula: one matrix with two halves becomes two banks, whose views lie in it."""
+    banks = dict(named)
+    for role in ("w_up0", "b_up0") if written.split is not None else ():
+        if role in banks:
+            banks[role], banks[role[:-1] + "1"] = _halves(banks[role], interleaved=written.split == "interleaved")
+    return Body(banks, written)
+
+
+def _halves(bank: Bank, *, interleaved: bool) -> tuple[Bank, Bank]:
+    """The bank's first and second outputs of each pair: halves, or every other one."""
+    found = []
+    for second in (0, 1):
+        views = []
+        for view in bank.views:
+            count, step = view.shape[0] // 2, view.stride[0]
+            offset = view.offset + second * (step if interleaved else count * step)
+            stride = (2 * step if interleaved else step, *view.stride[1:])
+            views.append(View(view.param, offset, (count, *view.shape[1:]), stride))
+        found.append(Bank(bank.role[:-1] + str(second), tuple(views)))
+    return found[0], found[1]
 
 
 def _ask(log: Log, instance: Instance, hidden: list[torch.Tensor]) -> torch.Tensor:

@@ -107,7 +107,7 @@ class DirectCall:
                 raise Unusual(f"the weights are {routing[roles.weights].dtype}, not {self.weight_dtype}")
             if self.ids is not None and roles.selector is not None:
                 self.ids.check(routing[roles.selector])
-            (y,) = executable(rows, *roles.routing({**routing, roles.x: rows}, rows.shape[0], self.experts))
+            (y,) = executable(rows, *roles.routing({**routing, roles.x: x}, rows.shape[0], self.experts))
         return y.reshape(self._shape(x))
 
     def _shape(self, x: torch.Tensor) -> Sequence[int]:

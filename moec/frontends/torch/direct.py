@@ -14,12 +14,19 @@ import torch
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.oplog import HOST_READ, Log, Ref, Site
-from moec.frontends.torch.routing import FORMS
+from moec.frontends.torch.routing import FORMS, Unusual
+
+# Ids this far beyond the experts are other integers.
+MOST_IDENTITIES = 1024
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of the arguments that are x, the selector (indices or a mask) and the weights; None where there is none."""
+    """Names of the arguments that are x, the selector (indices or a mask) and the weights; None where there is none.
+
+    `identities` experts behind the last one return their input. `spread`: one choice holds for several tokens, such as
+    for a sequence; selector and weights are expanded to x's leading sizes.
+    """
 
     x: str
     selector: str | None
@@ -29,6 +36,8 @@ class Roles:
     slots: int = 1
     scale: float = 1.0
     """A number that every weight is multiplied by."""
+    identities: int = 0
+    spread: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -39,6 +48,10 @@ class Roles:
         assert self.form is not None
         selector = None if self.selector is None else bound[self.selector]
         weights = bound[self.weights] if self.weights is not None else bound[self.x]
+        if self.spread:
+            lead = bound[self.x].shape[:-1]
+            selector = None if selector is None else spread_over(selector, lead)
+            weights = weights if self.weights is None else spread_over(weights, lead)
         chosen, weights = FORMS[self.form](selector, weights, tokens, experts, self.slots)
         return chosen, weights if self.scale == 1 else weights * self.scale
 
@@ -105,6 +118,7 @@ def _predict(
     body: Body, params: Mapping[str, torch.Tensor], roles: Roles, bound: Mapping[str, Any], tokens: int
 ) -> torch.Tensor | None:
     x = bound[roles.x].reshape(tokens, -1)
+    body = replace(body, identities=roles.identities)
     if roles.form is None:
         one = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
         return body.evaluate(params, x, one, torch.ones(tokens, 1, device=x.device))
@@ -125,19 +139,73 @@ def _hypotheses(bound: Mapping[str, torch.Tensor], body: Body, *, routed: bool) 
             yield Roles(x, None, None, None)
             continue
         for on_input in (False, True):
-            yield from _routed(bound, x, [n for n in floats if n != x], tokens, body.experts, on_input)
+            others = [n for n in floats if n != x]
+            for roles in _routed(bound, x, others, tokens, body, on_input):
+                yield from _with_identities(roles, bound, body)
+        yield from _spread(bound, x, tokens, body)
+
+
+def _with_identities(roles: Roles, bound: Mapping[str, torch.Tensor], body: Body) -> Iterator[Roles]:
+    """The roles, and where ids beyond the experts are given the same with identity experts for those."""
+    beyond = 0
+    if roles.form in ("indices", "unit") and roles.selector is not None:
+        beyond = int(bound[roles.selector].max()) + 1 - body.experts
+    if beyond <= 1:  # the id E alone may also mean no expert
+        yield roles
+    if beyond >= 1 and body.inputs == body.outputs:
+        yield replace(roles, identities=beyond)
+    if beyond >= 2 and body.inputs == body.outputs:  # the last id means no expert
+        yield replace(roles, identities=beyond - 1)
+
+
+def _spread(bound: Mapping[str, torch.Tensor], x: str, tokens: int, body: Body) -> Iterator[Roles]:
+    """One choice for all the tokens of a sequence, with a weight of its own or without."""
+    lead = bound[x].shape[:-1]
+    fitting = [n for n, t in bound.items() if n != x and t.numel() < tokens and _spreads(t, lead)]
+    for selector in fitting:
+        if not _is_index(bound[selector], body.experts - 1):
+            continue
+        for weights in (n for n in fitting if bound[n].is_floating_point()):
+            for on_input in (False, True):
+                yield Roles(x, selector, weights, "indices", on_input, spread=True)
+        yield Roles(x, selector, None, "unit", spread=True)
+
+
+def _spreads(values: torch.Tensor, lead: torch.Size) -> bool:
+    try:
+        return len(lead) == 2 and values.numel() > 0 and spread_over(values, lead).shape == lead
+    except Unusual:
+        return False
+
+
+def spread_over(values: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """Values [...] or [..., 1] expanded to the leading sizes of x. Raises Unusual where they do not broadcast."""
+    if values.dim() == len(lead) + 1 and values.shape[-1] == 1:
+        values = values.squeeze(-1)
+    if values.dim() != len(lead):
+        raise Unusual(f"a routing tensor of shape {tuple(values.shape)} is not spread over {tuple(lead)}")
+    try:
+        return values.expand(lead)
+    except RuntimeError:
+        raise Unusual(f"a routing tensor of shape {tuple(values.shape)} is not spread over {tuple(lead)}") from None
+
+
+def _is_index(values: torch.Tensor, highest: int | None) -> bool:
+    """Whether they can be ids of experts, up to `highest` where there is one."""
+    if values.is_floating_point() or values.dtype == torch.bool or not values.numel():
+        return False
+    low, high = torch.aminmax(values)
+    return int(low) >= 0 and (highest is None or int(high) <= highest)
 
 
 def _routed(
-    bound: Mapping[str, torch.Tensor], x: str, floats: list[str], tokens: int, experts: int, on_input: bool
+    bound: Mapping[str, torch.Tensor], x: str, floats: list[str], tokens: int, body: Body, on_input: bool
 ) -> Iterator[Roles]:
+    experts = body.experts
     others = [n for n in bound if n != x and bound[n].numel() % tokens == 0]
     for selector in others:
         values = bound[selector]
-        if values.is_floating_point() or values.dtype == torch.bool:
-            is_index = False
-        else:
-            is_index = bool((values >= 0).all() and (values <= experts).all())
+        is_index = _is_index(values, MOST_IDENTITIES + experts if body.inputs == body.outputs else experts)
         for weights in floats:
             if is_index and weights != selector and bound[weights].numel() == values.numel():
                 yield Roles(x, selector, weights, "indices", on_input, values.numel() // tokens)

@@ -52,10 +52,9 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[str, set[str]]]:
     if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _CONTAINERS):
         return  # torch's own layers hold kernels and projections, no experts
     own = {n: p for n, p in module._parameters.items() if p is not None}
-    leading = Counter(p.shape[0] for p in own.values() if p.dim() == 3 and p.shape[0] > 1)
-    if leading:
-        experts = leading.most_common(1)[0][0]
-        yield _owner(name, module), {_join(name, n) for n, p in own.items() if p.dim() == 3 and p.shape[0] == experts}
+    stacks = {n: p for n, p in own.items() if p.dim() == 3 and p.shape[0] > 1}
+    if stacks:
+        yield _owner(name, module), {_join(name, n) for n in _of_experts(stacks)}
     elif not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn"):
         flat = {n: p for n, p in own.items() if p.dim() == 2}
         if len(flat) >= 2 and len({p.shape for p in flat.values()}) == 1:
@@ -74,6 +73,17 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[str, set[str]]]:
     if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):  # noqa: SIM102
         if len({p.shape for p in own.values()}) == 1:
             yield _owner(name, module), {_join(name, n) for n in own}
+
+
+def _of_experts(stacks: dict[str, nn.Parameter]) -> list[str]:
+    """The stacks with the number of experts that most have; a single one and what its matrices chain with."""
+    experts, times = Counter(p.shape[0] for p in stacks.values()).most_common(1)[0]
+    found = [n for n, p in stacks.items() if p.shape[0] == experts]
+    if times > 1:
+        return found
+    # A stack may have places for experts without weights: gate and up for twelve, down for eight of them.
+    widths = {*stacks[found[0]].shape[1:]}
+    return [n for n, p in stacks.items() if n in found or len(widths & {*p.shape[1:]}) > 0]
 
 
 def _owner(name: str, module: nn.Module) -> str:

@@ -21,6 +21,7 @@ from moec.frontends.torch.discover import Candidate, is_widening
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
+from moec.frontends.torch.formula import Written
 from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
 from moec.frontends.torch.items import split
 from moec.frontends.torch.lift import common_dtype, lift_dense, weight_views
@@ -87,7 +88,7 @@ def find_pairs(
             if mixed is not None:
                 mixed.append(str(reason))
             continue
-        if activation is not None and (activation.gated or activation.fn != "identity"):
+        if isinstance(activation, Written) or (activation and (activation.gated or activation.fn != "identity")):
             used |= {i, *ups}
             found.append(instance)
     return found
@@ -99,7 +100,7 @@ def _ffn_shapes(linears: list[Linear], ups: list[int], down: Linear) -> bool:
 
 
 def _body(log: Log, instance: Instance) -> Body:
-    return build_body(log, [instance], [Bank(role, (view,)) for role, view in roles(instance).items()])
+    return build_body(log, [instance], [Bank(role, (view,)) for role, view in roles(instance).items()], {})
 
 
 def _cut(

@@ -6,13 +6,14 @@ T tokens, K experts per token, E experts, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from moec.frontends.torch.binding import Binder
-from moec.frontends.torch.direct import near
+from moec.frontends.torch.body import Body
+from moec.frontends.torch.direct import MOST_IDENTITIES, near
 from moec.frontends.torch.observe import tokens
 from moec.frontends.torch.probing import Maker, routing, shape_for
 from moec.frontends.torch.routing import Unusual
@@ -42,29 +43,47 @@ class Ids:
         return cls(-1 if bool((ids == -1).any()) else 0, experts if bool((ids == experts).any()) else experts - 1)
 
 
-def understood(method: Callable[..., Any], maker: Maker, params: Mapping[str, torch.Tensor]) -> Ids:
-    """The ids that the method takes: E and -1 where it was tried that it leaves out a slot that has them."""
+def understood(method: Callable[..., Any], maker: Maker, params: Mapping[str, torch.Tensor]) -> tuple[Ids, int]:
+    """The ids that the method takes, and how many of those from E on are experts that return their input.
+
+    -1 and the first id that stands for nothing are taken where it was tried that a slot that has them is left out.
+    """
     body, roles = maker.body, maker.roles
     template = maker.template[roles.x]
     if roles.form not in ("indices", "unit") or template.device.type != "cpu":
-        return Ids(0, body.experts - 1)
+        return Ids(0, body.choices - 1), body.identities
+
+    def answers(stray: int, identities: int) -> bool:
+        return _answers(method, maker, params, replace(body, identities=identities), stray)
+
+    identities = 0
+    if body.inputs == body.outputs:
+        while identities < MOST_IDENTITIES and answers(body.experts + identities, identities + 1):
+            identities += 1
+    lowest = -1 if answers(-1, identities) else 0
+    beyond = body.experts + identities
+    return Ids(lowest, beyond if answers(beyond, identities) else beyond - 1), identities
+
+
+def _answers(
+    method: Callable[..., Any], maker: Maker, params: Mapping[str, torch.Tensor], body: Body, stray: int
+) -> bool:
+    """Whether the method computes what `body` does for tokens of which some choose the id `stray`."""
+    roles, template = maker.roles, maker.template[maker.roles.x]
     x = tokens(shape_for(template.dim(), 6, body.inputs), template.dtype, 5, device=template.device, mixed=False)
     rows = x.reshape(-1, body.inputs)
     weights = torch.ones(len(rows), roles.slots) if roles.form == "unit" else torch.rand(len(rows), roles.slots) + 0.1
-    left_out = []
-    for stray in (-1, body.experts):
-        chosen = routing(len(rows), roles.slots, body.experts, 0, "round robin")
-        chosen[::2, 0] = stray
-        args, kwargs = Binder(method).unbind(maker(x, chosen, weights))
-        loose = 1e-4 if template.dtype in (torch.float32, torch.float64) else 4e-2
-        try:
-            with torch.no_grad():
-                want = body.evaluate(params, rows, chosen, weights, on_input=roles.on_input)
-                got = method(*args, **kwargs).reshape(want.shape).float()
-        except Exception:  # the user's code may refuse such an id in any way
-            left_out.append(False)
-        else:
-            # A token that lost its only expert is zero in both.
-            asked = want.norm(dim=-1) > 0
-            left_out.append(bool((got[~asked] == 0).all()) and near(got[asked], want[asked], loose))
-    return Ids(-1 if left_out[0] else 0, body.experts - (0 if left_out[1] else 1))
+    chosen = routing(len(rows), roles.slots, body.experts, 0, "round robin")
+    chosen[:: 3 if roles.spread else 2, 0] = stray
+    made = maker(x, chosen, weights)
+    args, kwargs = Binder(method).unbind(made)
+    loose = 1e-4 if template.dtype in (torch.float32, torch.float64) else 4e-2
+    try:
+        with torch.no_grad():
+            want = body.evaluate(params, rows, *maker.effective(made), on_input=roles.on_input)
+            got = method(*args, **kwargs).reshape(want.shape).float()
+    except Exception:  # the user's code may refuse such an id in any way
+        return False
+    # A token that lost its only expert is zero in both.
+    asked = want.norm(dim=-1) > 0
+    return bool((got[~asked] == 0).all()) and near(got[asked], want[asked], loose)

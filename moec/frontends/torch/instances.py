@@ -23,11 +23,21 @@ class Chained(NotLifted):
 
 @dataclass(frozen=True)
 class Instance:
-    """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between."""
+    """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between.
+
+    `tail` are the entries of a norm behind the last product, `end` its result, `vectors` the parameters it reads.
+    """
 
     ups: tuple[Linear, ...]
     down: Linear | None
     middle: tuple[int, ...]
+    tail: tuple[int, ...] = ()
+    end: int | None = None
+    vectors: tuple[View, ...] = ()
+
+    @property
+    def last_product(self) -> Linear:
+        return self.down or self.ups[-1]
 
     @property
     def rows(self) -> int:
@@ -35,13 +45,13 @@ class Instance:
 
     @property
     def out(self) -> int:
-        return (self.down or self.ups[-1]).out
+        return self.last_product.out if self.end is None else self.end
 
     @property
     def entries(self) -> tuple[int, ...]:
         """Indices of all its entries."""
         ends = (*self.ups, *([self.down] if self.down is not None else []))
-        return (*(i for linear in ends for i in (linear.entry, linear.last)), *self.middle)
+        return (*(i for linear in ends for i in (linear.entry, linear.last)), *self.middle, *self.tail)
 
 
 def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
@@ -138,8 +148,10 @@ def signature(log: Log, instance: Instance) -> Signature:
         else:
             leaves.append(value if type(value) is int else repr(value))
 
-    for index in instance.middle:
+    for index in (*instance.middle, *instance.tail):
         entry = log.entries[index]
+        if entry.results and all(log.param_of(slot) is not None for slot in entry.results):
+            continue  # an expert's own place in a parameter
         leaves.append(entry.name)
         add(entry.args)
         add(sorted(entry.kwargs.items()))
@@ -150,7 +162,7 @@ def signature(log: Log, instance: Instance) -> Signature:
 
 
 def roles(instance: Instance) -> dict[str, View]:
-    """The instance's weights by role: w_up0 (and w_up1), w_down, and their biases."""
+    """The instance's weights by role: w_up0 (and w_up1), w_down, their biases, and what the tail reads."""
     named: dict[str, View] = {}
     for i, up in enumerate(instance.ups):
         named[f"w_up{i}"] = up.weight
@@ -160,4 +172,5 @@ def roles(instance: Instance) -> dict[str, View]:
         named["w_down"] = instance.down.weight
         if instance.down.bias is not None:
             named["b_down"] = instance.down.bias
+    named.update({f"{i}_tail": vector for i, vector in enumerate(instance.vectors)})
     return named

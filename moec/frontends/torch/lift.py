@@ -12,8 +12,11 @@ import torch
 
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.formula import Written
 from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.tail import Norm
 from moec.ir import (
+    Add,
     Builder,
     Combine,
     Constant,
@@ -21,13 +24,17 @@ from moec.ir import (
     Glu,
     Group,
     GroupedLinear,
+    IdentityRows,
     Linear,
+    Mul,
+    Pointwise,
     Region,
     ScaleRows,
     Tensor,
     Value,
     Weight,
 )
+from moec.ir import Norm as NormRows
 from moec.ir.ops_activation import Act
 from moec.weights import View
 
@@ -53,7 +60,7 @@ def weight_names(body: Body) -> dict[str, str]:
         first, second = ("gate_up" if layout is not None else "up"), ""
     if "w_down" not in body.banks:
         first = "proj"
-    ends = {"up0": first, "up1": second, "down": "down"}
+    ends = {"up0": first, "up1": second, "down": "down", "tail": "norm"}
     return {role: ("" if role.startswith("w_") else "bias_") + ends[role[2:]] for role in body.banks}
 
 
@@ -83,9 +90,38 @@ class _Lifter:
 
     def expert(self, rows: Value, offsets: Value | None) -> Value:
         """f_e of each row."""
+        out = self.products(rows, offsets)
+        return out if self.body.tail is None else self.norm(out, offsets, self.body.tail)
+
+    def norm(self, rows: Value, offsets: Value | None, norm: Norm) -> Value:
+        """The norm of each expert's rows; weights of one view are all experts' own."""
+        each = {role: len(self.body.banks[role].views) > 1 for role in ("w_tail", "b_tail") if role in self.body.banks}
+        if len(set(each.values())) > 1:
+            raise NotLifted("one of the norm's vectors is shared by the experts and the other is not")
+        grouped = any(each.values())
+        w, b = self.weight("w_tail", grouped), self.weight("b_tail", grouped)
+        shift = norm.shift
+        if w is not None and norm.before:
+            if grouped:
+                raise NotLifted("experts scale their results by vectors of their own before a norm")
+            if shift:
+                w = self.builder.add(Add(w, self.builder.add(Constant(value=shift, type=w.type))), name="scale")
+            rows, w, shift = self.builder.add(Mul(rows, w), name="scaled"), None, 0.0
+        return self.builder.add(
+            NormRows(rows, offsets=offsets if grouped else None, w=w, b=b, kind=norm.kind, eps=norm.eps, w_shift=shift),
+            name="normed",
+        )
+
+    def products(self, rows: Value, offsets: Value | None) -> Value:
+        """The expert's two layers, or the one."""
         activation = self.body.activation
         if activation is None:
             return self.product(rows, "up0", offsets, "projected")
+        if isinstance(activation, Written):
+            gate = self.product(rows, "up0", offsets, "h_gate" if activation.gated else "h")
+            up = self.product(rows, "up1", offsets, "h_up") if activation.gated else None
+            hidden = self.builder.add(Pointwise(gate, up, formula=activation.text), name="a")
+            return self.product(hidden, "down", offsets, "out")
         attributes: dict[str, Any] = {
             "fn": activation.fn,
             "limit": activation.limit,
@@ -118,14 +154,18 @@ def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtyp
     b = lifter.builder
     x = b.input("x", Tensor.of(dtype, "T", body.inputs))
     experts = b.input("experts", Tensor.of("i32", "T", slots))
-    weights = b.input("weights", Tensor.of(weight_dtype, "T", slots))
+    weights = given = b.input("weights", Tensor.of(weight_dtype, "T", slots))
     order, offsets = b.add_many(Group(experts, experts=body.experts), ("order", "offsets"))
     rows = b.add(Gather(x, order, k=slots), name="rows")  # type: ignore[arg-type]
     if on_input:
         rows = b.add(ScaleRows(rows, order, weights), name="scaled")
         weights = b.add(Constant(value=1.0, type=weights.type), name="ones")
     out = lifter.expert(rows, offsets)
-    return b.build(b.add(Combine(out, order, weights), name="y"))
+    y = b.add(Combine(out, order, weights), name="mixed" if body.identities else "y")
+    if body.identities:
+        same = IdentityRows(x, experts, given, first=body.experts, count=body.identities)
+        y = b.add(Add(y, b.add(same, name="same")), name="y")
+    return b.build(y)
 
 
 def lift_dense(name: str, body: Body, *, dtype: str) -> Region:
@@ -143,4 +183,5 @@ def weight_views(body: Body, prefix: str, *, dense: bool) -> dict[str, View | tu
         return tuple(View(v.param.removeprefix(lead), v.offset, v.shape, v.stride) for v in bank.views)
 
     names = weight_names(body)
-    return {names[role]: local(bank)[0] if dense else local(bank) for role, bank in body.banks.items()}
+    one = {role for role, bank in body.banks.items() if dense or (role.endswith("_tail") and len(bank.views) == 1)}
+    return {names[role]: local(bank)[0] if role in one else local(bank) for role, bank in body.banks.items()}

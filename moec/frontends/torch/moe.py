@@ -6,6 +6,7 @@ T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routin
 from moec.frontends.torch.recorder import record
 from moec.frontends.torch.routedslice import Reading, analyse_slice
 from moec.frontends.torch.sizes import Size, solve
+from moec.frontends.torch.tail import with_tail
 from moec.verify import Probe
 
 
@@ -67,9 +69,10 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
             return read_batched(log, candidate.weights, params)
         joined = joined_products(log, linears, driver.module, driver.path, params)
         if joined is not None:
-            return read_products(log, joined)
-        instances = find_instances(log, linears)
-        body = build_body(log, instances, unify(log, driver.module, driver.path, instances, dict(params)))
+            return read_products(log, joined, params)
+        instances = [with_tail(log, instance, dict(params)) for instance in find_instances(log, linears)]
+        banks = unify(log, driver.module, driver.path, instances, dict(params))
+        body = build_body(log, instances, banks, params)
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))
         return Reading(
             body, entries, frozenset(inst.ups[0].weight for inst in instances if log.tensors[inst.rows].numel())
@@ -102,6 +105,9 @@ def _direct(
         raise NotLifted(steered)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
     body, full = _every_expert(site, maker, body, read)
+    ids, identities = understood(getattr(site.module, site.method), maker, params)
+    body = replace(body, identities=identities)
+    maker = replace(maker, body=body)
     x = maker.template[roles.x]
     dtype = common_dtype(body, params, x.dtype)
     weight_dtype = maker.template[roles.weights].dtype if roles.weights else x.dtype
@@ -114,7 +120,7 @@ def _direct(
         inputs=body.inputs,
         out_shapes={x.dim(): _result_shape(site, binder, maker, x, roles, body)},
         weight_dtype=weight_dtype,
-        ids=understood(getattr(site.module, site.method), maker, params) if roles.form in ("indices", "unit") else None,
+        ids=ids if roles.form in ("indices", "unit") else None,
     )
     return Lifted(
         name=site.path,
@@ -142,10 +148,13 @@ def _direct(
 
 def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:
     given = ", ".join((roles.x, roles.selector or "-", roles.weights or "-"))
+    spread = ", once for each sequence" if roles.spread else ""
     return (
-        f"{site.label}({given}) is y = sum of w * f(x), routing given as {roles.form}",
+        f"{site.label}({given}) is y = sum of w * f(x), routing given as {roles.form}{spread}",
         f"{body.experts} experts, all of them run and unified; {roles.slots} per token",
+        *([f"{body.identities} more experts return their input"] if body.identities else []),
         f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+        *([f"behind the last layer: {body.tail}"] if body.tail else []),
     )
 
 
@@ -154,6 +163,8 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     count = max(2, -(-body.experts // maker.roles.slots))
     x = maker.template[maker.roles.x]
     shape = shape_for(x.dim(), count + count % 2, body.inputs)
+    if maker.roles.spread:  # a sequence for each expert; one token more keeps the sizes apart
+        shape = (body.experts, body.experts + 1, body.inputs)
     rows = random_tokens(shape, x.dtype, 3, device=x.device)
     count = rows.numel() // body.inputs
     experts = routing(count, maker.roles.slots, body.experts, 0, "round robin").to(x.device)
@@ -221,13 +232,15 @@ def _probes(
     )
     for i, (pattern, label, x) in enumerate(asked):
         count = x.numel() // body.inputs
-        experts = routing(count, roles.slots, body.experts, i, pattern).to(device)
+        experts = routing(count, roles.slots, body.choices, i, pattern).to(device)
         generator = torch.Generator().manual_seed(i)
         weights = torch.rand(experts.shape, generator=generator).to(device, weight_dtype)
         if roles.form == "unit":
             weights = torch.ones_like(weights)
         made = maker(x, experts, weights)
         args, kwargs = binder.unbind(made)
+        if roles.spread:
+            experts, weights = maker.effective(made)
 
         def judge(
             x: torch.Tensor = x, experts: torch.Tensor = experts, weights: torch.Tensor = weights

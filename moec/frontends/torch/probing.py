@@ -126,9 +126,19 @@ class Maker:
         """Values [T, ...] in the seen tensor's arrangement: tokens in one leading dimension or spread as in x."""
         count = values.shape[0]
         old = self.template[self.roles.x].shape[:-1]
+        if self.roles.spread:  # what the first token of a sequence has, all of them get
+            values = values.reshape(lead)
+            for axis, size in enumerate(seen.shape[: len(old)]):
+                values = values.narrow(axis, 0, 1) if size == 1 and old[axis] > 1 else values
+            return values.reshape(*values.shape, *seen.shape[len(old) :]).to(seen.dtype)
         spread = len(old) > 1 and tuple(seen.shape[: len(old)]) == tuple(old)
         rest = seen.shape[len(old) :] if spread else seen.shape[1:]
         return values.reshape(*(lead if spread else (count,)), *rest).to(seen.dtype)
+
+    def effective(self, made: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """experts [T, K] and weights [T, K] that these arguments ask for."""
+        tokens = made[self.roles.x].numel() // self.body.inputs
+        return self.roles.routing(made, tokens, self.body.experts)
 
 
 def routing(count: int, slots: int, experts: int, seed: int, pattern: str) -> torch.Tensor:

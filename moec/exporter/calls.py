@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.direct import spread_over
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
@@ -37,6 +38,10 @@ def _direct(call: DirectCall, mark: Mark, args: tuple[Any, ...], kwargs: dict[st
     else:
         selector = None if call.roles.selector is None else bound[call.roles.selector]
         weights = rows if call.roles.weights is None else bound[call.roles.weights]
+        if call.roles.spread:
+            lead = x.shape[:-1]
+            selector = None if selector is None else spread_over(selector, lead)
+            weights = weights if call.roles.weights is None else spread_over(weights, lead)
         chosen, lent = _routing(call.roles.form, selector, weights, rows.shape[0], call.experts, call.roles.slots)
         y = mark(rows, chosen, lent if call.roles.scale == 1 else lent * call.roles.scale)
     return y.reshape([_size(size, x.shape) for size in call.out_shapes[x.dim()]])

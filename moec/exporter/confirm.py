@@ -1,11 +1,12 @@
 """The original part of a graph alone, in ONNX Runtime, against the region that it was lifted to.
 
-T tokens, K experts per token, D model width.
+T tokens, K experts per token, E experts, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,54 +15,79 @@ import torch
 
 from moec.backendbase import load_backend
 from moec.backends.onnx.runtime import session
-from moec.exporter.check import Check
+from moec.exporter.check import LOW_BARS, Check
 from moec.exporter.probes import region_probes
-from moec.frontends.onnx.read import Layer
+from moec.frontends.onnx.layer import Layer, Run
 
 # Clamps hide at unit scale.
 SCALES = (1.0, 0.05, 60.0)
 BAR = 1e-5
+# Where the original gathers the weights of each slot, this is how much it may gather at once, in bytes.
+MOST_GATHERED = 1 << 28
+Tensors = list[torch.Tensor]
 
 
-def confirm(model: Any, layer: Layer, feed: Mapping[str, Any]) -> Check:
-    """Routings and scales the file itself would not meet; `feed` gives what else the part reads, such as shapes."""
-    check = Check(bar=BAR, loose=10.0)
-    given = [value for value in (layer.x, layer.ids, layer.routing) if value is not None]
+@dataclass(frozen=True)
+class Part:
+    """The nodes between what a layer reads and what it gives, to run; and what they read of the file's own inputs."""
+
+    runtime: Any
+    cut: tuple[Any, ...]
+    """Values that are handed in: x, and what tells the experts."""
+    like: Run
+    """Arrays of one run of the file, for their shapes and types."""
+    more: tuple[str, ...]
+    tokens: int
+    """Of that run."""
+
+    def fits(self, tokens: int) -> bool:
+        """Whether the part can run on this many tokens."""
+        return tokens == self.tokens or not self.more
+
+    def __call__(self, tensors: Tensors) -> list[torch.Tensor]:
+        feed = {name: self.like[name] for name in self.more}
+        for value, given in zip(self.cut, tensors, strict=True):
+            like = self.like[value.name]
+            shape = like.shape if given.numel() == like.size else (len(given), *like.shape[1:])
+            feed[value.name] = given.numpy().reshape(shape).astype(like.dtype)
+        return [torch.from_numpy(np.ascontiguousarray(one)) for one in self.runtime.run(None, feed)]
+
+
+def confirm(model: Any, layer: Layer, run: Run) -> Check:
+    """Routings and scales that the file itself would not meet; `run` has the recorded values of one run of it."""
+    check = Check(bar=max(BAR, LOW_BARS.get(layer.region.inputs[0].type.dtype, 0.0)), loose=10.0)
+    outside = layer.form in ("gates", "places")
+    cut = {"dense": (layer.x,), "slots": (layer.x, *layer.ids, layer.routing), "logits": (layer.x, layer.routing)}
+    values = tuple(value for value in cut.get(layer.form, (layer.x, layer.scores)) if value is not None)
+    told = [*layer.ids, layer.routing] if outside else []
     try:
-        part, more = _extract(model, given, layer.y)
+        part = _part(model, layer, values, [layer.y, *told], run)
     except Exception as error:  # onnx-ir raises what it likes for a part that is not one
         check.why = f"its part of the graph cannot be cut out: {str(error).splitlines()[0][:160]}"
         return check
-    shapes = {value.name: _recorded(model, value, feed) for value in given}
-    tokens = shapes[layer.ids.name].size // layer.region.inputs[1].type.shape[1].evaluate({})
-    runtime, judge = session(part), load_backend("reference").build(layer.region, layer.weights, {})
-    for label, inputs in region_probes(layer.region):
-        if "no token" in label or (len(inputs[0]) != tokens and more):
-            continue
-        x, ids, weights = inputs
-        ids = _distinct(ids, len(layer.weights.experts("w_in"))).int() if label.startswith(("all on", "equal")) else ids
-        _compare(check, label, layer, runtime, judge, (x, ids, weights), shapes, {name: feed[name] for name in more})
-    rounds = -(-len(layer.weights.experts("w_in")) // tokens)
-    for scale in SCALES:
-        for turn in range(rounds):
-            x, ids, weights = _fixed_size(layer, tokens, turn)
-            given_here = {name: feed[name] for name in more}
-            _compare(check, f"scale {scale:g}", layer, runtime, judge, (x * scale, ids, weights), shapes, given_here)
+    judge = load_backend("reference").build(layer.region, layer.weights, {})
+    for label, inputs in _probes(layer, part):
+        if part.fits(len(inputs[0])) and not check.why:
+            _compare(check, label, layer, part, judge, inputs)
     return check
 
 
-def _extract(model: Any, given: list[Any], y: Any) -> tuple[Any, list[str]]:
-    """A model of what lies between, and the names of the file's own inputs that it reads besides."""
-    reads = _reads(model, given, y)
-    graph = ir.convenience.extract(model.graph, inputs=[v.name for v in [*given, *reads]], outputs=[y.name])
+def _part(model: Any, layer: Layer, cut: tuple[Any, ...], outputs: list[Any], run: Run) -> Part:
+    """A model of what lies between. Raises what onnx-ir raises where nothing does."""
+    reads = _reads(model, cut, outputs)
+    graph = ir.convenience.extract(
+        model.graph, inputs=[v.name for v in [*cut, *reads]], outputs=list(dict.fromkeys(v.name for v in outputs))
+    )
     graph.opset_imports.update(model.opset_imports)
-    return ir.Model(graph, ir_version=model.ir_version), [value.name for value in reads]
+    tokens = run[layer.x.name].size // layer.width
+    part = ir.Model(graph, ir_version=model.ir_version)
+    return Part(session(part), cut, run, tuple(value.name for value in reads), tokens)
 
 
-def _reads(model: Any, given: list[Any], y: Any) -> list[Any]:
-    """Inputs of the file that y depends on otherwise than through the given values."""
+def _reads(model: Any, cut: tuple[Any, ...], outputs: list[Any]) -> list[Any]:
+    """Inputs of the file that the outputs depend on otherwise than through the cut."""
     inputs, found = set(model.graph.inputs), dict[Any, None]()
-    seen, todo = set(given), [y]
+    seen, todo = set(cut), list(outputs)
     while todo:
         value = todo.pop()
         if value in seen or value is None:
@@ -74,29 +100,57 @@ def _reads(model: Any, given: list[Any], y: Any) -> list[Any]:
     return list(found)
 
 
-def _recorded(model: Any, value: Any, feed: Mapping[str, Any]) -> Any:
-    """The value in the run of the whole file."""
-    if value.name in feed:
-        return feed[value.name]
-    outputs = model.graph.outputs
-    count = len(outputs)
-    outputs.append(value)
-    try:
-        runtime = session(model)
-    finally:
-        del outputs[count:]
-    known = {one.name for one in runtime.get_inputs()}
-    return runtime.run(None, {k: v for k, v in feed.items() if k in known})[-1]
+def _probes(layer: Layer, part: Part) -> Iterator[tuple[str, Tensors]]:
+    """What to hand to the part: x, and for a mixture its experts and weights, or the scores they are chosen by."""
+    if layer.form in ("gates", "places", "logits"):
+        yield from _scored(layer, part)
+        return
+    most = _most_tokens(layer)
+    for label, inputs in region_probes(layer.region):
+        if "no token" in label or len(inputs[0]) > most:
+            continue
+        same = label.startswith(("all on", "equal")) and len(inputs) == 3
+        yield label, [inputs[0], _distinct(inputs[1], layer.experts).int(), inputs[2]] if same else inputs
+    tokens = part.tokens if part.more else min(part.tokens, most)
+    rounds = -(-layer.experts // tokens) if layer.form == "slots" else 1
+    for scale in SCALES:
+        for turn in range(rounds):
+            yield f"scale {scale:g}", _in_turns(layer, tokens, turn, scale)
 
 
-def _fixed_size(layer: Layer, tokens: int, turn: int) -> list[torch.Tensor]:
+def _most_tokens(layer: Layer) -> int:
+    weights = sum(bank[0].numel() for bank in layer.weights.banks.values()) * 4
+    return max(2, MOST_GATHERED // max(1, weights * layer.k))
+
+
+def _scored(layer: Layer, part: Part) -> Iterator[tuple[str, Tensors]]:
+    """x[T, D] and scores[T, E], which serve as logits and as chances: many experts, one, ties, several scales."""
+    generator = torch.Generator().manual_seed(0)
+    most = _most_tokens(layer)
+    counts = [part.tokens] if part.more else sorted({min(count, most) for count in (1, 2, 7, 33, 200)})
+    for tokens in counts:
+        for scale in SCALES:
+            x = torch.randn(tokens, layer.width, generator=generator) * scale
+            scores = torch.randn(tokens, layer.experts, generator=generator).mul(2).softmax(-1)
+            yield f"{tokens} tokens, scale {scale:g}", [x, scores]
+        x = torch.randn(tokens, layer.width, generator=generator)
+        for expert in range(0, layer.experts, max(1, layer.experts // 4)):
+            scores = torch.rand(tokens, layer.experts, generator=generator)
+            scores[:, expert] += layer.experts
+            yield f"{tokens} tokens, most on expert {expert}", [x, scores / scores.sum(-1, keepdim=True)]
+        if layer.form != "logits":  # which of two equal experts an op takes is its own affair
+            yield f"{tokens} equal tokens", [x[:1].expand_as(x), torch.full((tokens, layer.experts), 1 / layer.experts)]
+
+
+def _in_turns(layer: Layer, tokens: int, turn: int, scale: float) -> Tensors:
     """Random inputs of the region with this many tokens, which go through all experts in turns."""
     generator = torch.Generator().manual_seed(turn)
-    experts = len(layer.weights.experts("w_in"))
-    width, k = layer.region.inputs[0].type.shape[1].evaluate({}), layer.region.inputs[1].type.shape[1].evaluate({})
+    x = torch.randn(tokens, layer.width, generator=generator) * scale
+    if layer.form == "dense":
+        return [x]
     first = torch.arange(tokens) + turn * tokens
-    ids = (first.unsqueeze(1) + torch.arange(k)) % experts
-    return [torch.randn(tokens, width, generator=generator), ids.int(), torch.rand(tokens, k, generator=generator)]
+    ids = (first.unsqueeze(1) + torch.arange(layer.k)) % layer.experts
+    return [x, ids.int(), torch.rand(tokens, layer.k, generator=generator)]
 
 
 def _distinct(ids: torch.Tensor, experts: int) -> torch.Tensor:
@@ -104,32 +158,52 @@ def _distinct(ids: torch.Tensor, experts: int) -> torch.Tensor:
     return (ids[:, :1] + torch.arange(ids.shape[1])) % experts
 
 
-def _compare(
-    check: Check,
-    label: str,
-    layer: Layer,
-    runtime: Any,
-    judge: Any,
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    shapes: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> None:
-    x, ids, weights = inputs
-    weights = weights if layer.routing is not None else torch.ones_like(weights)
-    tokens = len(x)
-    feed: dict[str, Any] = dict(more)
-    values = [(layer.x, x), (layer.ids, ids), (layer.routing, weights)]
-    for value, tensor in values:
-        if value is not None:
-            like = shapes[value.name]
-            fits = tensor.numel() == like.size
-            shape = like.shape if fits else (tokens, *like.shape[1:])
-            feed[value.name] = tensor.numpy().reshape(shape).astype(like.dtype)
-    (theirs,) = judge(x, ids, weights)
+def _compare(check: Check, label: str, layer: Layer, part: Part, judge: Any, inputs: Tensors) -> None:
+    given = list(inputs)
+    if layer.form == "slots":
+        several = [column.contiguous() for column in inputs[1].split(1, 1)] if len(layer.ids) > 1 else [inputs[1]]
+        given = [inputs[0], *several, *([] if layer.routing is None else [inputs[2]])]
     try:
-        mine = runtime.run(None, feed)[0]
+        found = part(given)
     except Exception as error:  # ONNX Runtime's errors have no common class
         check.why = check.why or f"{label}: {str(error).splitlines()[0][:160]}"
         return
+    (theirs,) = judge(*_asked(layer, inputs, found))
     check.labels.append(label)
-    check.add(label, torch.from_numpy(np.ascontiguousarray(mine)).reshape(theirs.shape), theirs)
+    check.add(label, found[0].reshape(theirs.shape).to(theirs.dtype), theirs)
+
+
+def _asked(layer: Layer, inputs: Tensors, found: list[torch.Tensor]) -> Tensors:
+    """What the region is to compute: x, experts[T, K] and weights[T, K], in its types."""
+    types = [DTYPES[value.type.dtype] for value in layer.region.inputs]
+    x = inputs[0].to(types[0])
+    if layer.form == "dense":
+        return [x]
+    if layer.form == "slots":
+        weights = inputs[2] if layer.routing is not None else torch.ones_like(inputs[2])
+        return [x, inputs[1].int(), weights.to(types[2])]
+    if layer.form == "logits":
+        return [x, *routed_by_logits(layer, inputs[1], types[2])]
+    tokens = len(inputs[0])
+    ids = torch.cat([one.reshape(tokens, -1) for one in found[1:-1]], 1).long()
+    gates = found[-1] if layer.form == "gates" else found[-1].sum(-1)
+    return [x, ids.int(), gates.reshape(tokens, -1).gather(1, ids).to(types[2])]
+
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i32": torch.int32,
+}
+
+
+def routed_by_logits(layer: Layer, logits: torch.Tensor, dtype: torch.dtype) -> Tensors:
+    """experts[T, K] and weights[T, K] by what the op's documentation says."""
+    assert layer.router is not None
+    if layer.router.normalize:
+        best, ids = logits.float().topk(layer.k, -1)
+        return [ids.int(), best.softmax(-1).to(dtype)]
+    weights, ids = logits.float().softmax(-1).topk(layer.k, -1)
+    return [ids.int(), weights.to(dtype)]

@@ -85,7 +85,7 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
         report.opset = made.model.opset_imports[""]
         report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(made.model))
         report.file_bytes = save(made.model, settings.path, _properties(report), external=settings.external_data)
-        _load(settings.path, runner, made.feeds[0][1], report)
+        _load(settings.path, runner, made.made[0].feed, report)
     report.versions, report.machine = versions(), machine()
     report.seconds = time.perf_counter() - start
     return report

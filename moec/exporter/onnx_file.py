@@ -20,17 +20,20 @@ from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
 from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
 from moec.exporter.confirm import confirm
-from moec.exporter.facts import Facts, facts_of
+from moec.exporter.facts import Facts
 from moec.exporter.insert import Placed, known, put_before
 from moec.exporter.invent import Feed, feeds
 from moec.exporter.lowerings import place
-from moec.exporter.probes import num_experts
 from moec.exporter.result import ExportedLayer, ExportReport
+from moec.exporter.routed import facts_about, region_inputs
 from moec.exporter.settings import Settings
+from moec.frontends.onnx.layer import Layer, Run
 from moec.frontends.onnx.load import load
-from moec.frontends.onnx.read import Layer, read
+from moec.frontends.onnx.read import read
 
 Say = Callable[[str], None]
+# Of files that compute in 16 bits.
+LOW_MODEL_BARS = {"FLOAT16": 1e-2, "BFLOAT16": 6e-2}
 
 
 @dataclass
@@ -40,7 +43,16 @@ class Rewritten:
     model: Any
     before: Any
     """A session of the file as it is."""
-    feeds: list[tuple[str, Feed]]
+    made: list[Made]
+
+
+@dataclass
+class Made:
+    """Inputs, and what the file as it is makes of them."""
+
+    label: str
+    feed: Feed
+    outputs: list[Any]
 
 
 def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say) -> Rewritten:
@@ -54,30 +66,31 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say) -> R
         raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
     made = _those_that_run(before, feeds(model, settings.inputs))
     say("looking for layers")
-    layers, left = read(model, [feed for _, feed in made], session)
-    report.layers += [ExportedLayer(one.name, "moe", "left alone", reason=one.reason) for one in left]
+    found = read(model, [one.feed for one in made], session)
+    report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=one.reason) for one in found.left]
     chosen: list[str] = []
-    for layer in layers:
+    rewritten = 0
+    for layer in found.layers:
         named = replace(layer, name=_path(layer))
         say(f"{named.name}: checking")
-        if _place(model, named, made[0][1], settings, report):
-            chosen.append(named.ids.name)
-    if not chosen:
+        if _place(model, named, found.runs[0], settings, report):
+            rewritten += 1
+            chosen += [value.name for value in named.ids]
+    if not rewritten:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
         raise MoecError("MOEC705", f"no layer of {path} can be rewritten: {reasons}")
     _clean(model)
     say("checking the whole file")
-    _check(model, path, chosen, made, settings, report)
+    _check(model, list(dict.fromkeys(chosen)), made, found.runs, settings, report)
     return Rewritten(model, before, made)
 
 
-def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[tuple[str, Feed]]:
+def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[Made]:
     """The inputs that the file takes; a model may need more tokens than one. Raises MOEC708 where there are none."""
     found, reason = [], ""
     for label, feed in made:
         try:
-            runtime.run(None, feed)
-            found.append((label, feed))
+            found.append(Made(label, feed, runner(runtime, feed)()))
         except Exception as error:  # ONNX Runtime's errors have no common class
             reason = reason or f"({label}) {str(error).strip().splitlines()[0][:200]}"
     if not found:
@@ -97,32 +110,35 @@ def _path(layer: Layer) -> str:
         return layer.name
 
 
-def _place(model: Any, layer: Layer, feed: Feed, settings: Settings, report: ExportReport) -> bool:
+def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: ExportReport) -> bool:
     """Rewrite one layer in the graph, if everything about it holds."""
-    told = ExportedLayer(name=layer.name, kind="moe", status="left alone", evidence=layer.evidence)
+    told = ExportedLayer(name=layer.name, kind=layer.kind, status="left alone", evidence=layer.evidence)
     report.layers.append(told)
+    if layer.kept and settings.quantize is None:
+        told.reason = layer.kept
+        return False
     ranks = {name: len(value.shape) if value.shape is not None else 0 for name, value in _ends(layer).items()}
     if ranks["y"] != 2 and ranks["x"] != ranks["y"]:
         told.reason = f"its result has {ranks['y']} dimensions and its input {ranks['x']}"
         return False
-    layer, proof = _confirmed(model, layer, feed)
+    layer, proof = _confirmed(model, layer, run)
     if not proof.passed:
         told.reason = f"the region differs from the graph at {proof.why}" if proof.labels else proof.why
         return False
     placed = place(layer.region, layer.weights, settings, told, 2e-6)
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
-    facts = facts_of(layer.ids, layer.routing, num_experts(layer.region))
+    facts = facts_about(layer)
     _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts)
     return True
 
 
-def _confirmed(model: Any, layer: Layer, feed: Feed) -> tuple[Layer, Check]:
+def _confirmed(model: Any, layer: Layer, run: Run) -> tuple[Layer, Check]:
     """The layer with the values that its result is really computed from, among those that were equal."""
     first = None
-    for x, routing in layer.alike:
+    for x, routing in layer.alike or ((layer.x, layer.routing),):
         one = replace(layer, x=x, routing=routing)
-        proof = confirm(model, one, feed)
+        proof = confirm(model, one, run)
         if proof.passed:
             return one, proof
         first = first or proof
@@ -137,22 +153,10 @@ def _ends(layer: Layer) -> dict[str, Any]:
 def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts) -> None:
     """The region in front of the node that gives its result, which then nobody reads."""
     emit = Emitter(layer.name)
-    k = layer.region.inputs[1].type.shape[1].evaluate({})
-    width = layer.region.inputs[0].type.shape[1].evaluate({})
-    x, ids = emit.reshape(layer.x, -1, width), emit.reshape(layer.ids, -1, k)
-    if layer.routing is not None:
-        weights = emit.reshape(layer.routing, -1, k)
-    else:
-        weights = emit.op("Expand", emit.scalar(1, "f32"), emit.op("Shape", ids))
-    (y,) = lower(
-        placed.region,
-        placed.weights,
-        emit,
-        [x, ids, weights],
-        form=placed.form,
-        chosen=("experts",),
-        sums_to_one=known(placed.region, facts)["sums_to_one"],
-    )
+    inputs = region_inputs(emit, layer)
+    (y,) = lower(placed.region, placed.weights, emit, inputs, form=placed.form, **known(placed.region, facts))
+    if layer.x.dtype != layer.y.dtype:
+        y = emit.op("Cast", y, to=int(layer.y.dtype))
     if len(layer.y.shape) != 2:
         y = emit.op("Reshape", y, emit.op("Shape", layer.x), allowzero=1)
     emit.nodes[-1].doc_string = f"moec: {layer.name}\n{placed.region}"
@@ -169,28 +173,25 @@ def _clean(model: Any) -> None:
 
 def _check(
     model: Any,
-    path: Path,
     chosen: Sequence[str],
-    made: Sequence[tuple[str, Feed]],
+    made: Sequence[Made],
+    runs: Sequence[Run],
     settings: Settings,
     report: ExportReport,
 ) -> None:
     """Both files on the same inputs: their outputs, and the experts that their routers choose. Raises MOEC704."""
-    outputs = len(model.graph.outputs)
-    sides = [_with_outputs(load(path), chosen), _with_outputs(model, chosen)]
-    check = Check(bar=float("inf") if settings.quantize else MODEL_BAR, loose=10.0)
+    runtime = _with_outputs(model, chosen)
+    computed = [output.dtype for node in model.graph for output in node.outputs if output.dtype is not None]
+    low = max((LOW_MODEL_BARS.get(dtype.name, 0.0) for dtype in computed), default=0.0)
+    check = Check(bar=float("inf") if settings.quantize else max(MODEL_BAR, low), loose=10.0)
     same = total = 0
-    for label, feed in made:
-        try:
-            theirs = sides[0].run(None, feed)
-        except Exception:  # the file itself refuses this size
-            continue
-        mine = sides[1].run(None, feed)
-        check.labels.append(label)
-        for a, b in zip(mine[:outputs], theirs[:outputs], strict=True):
-            check.add(label, _tensor(a), _tensor(b))
-        for a, b in zip(mine[outputs:], theirs[outputs:], strict=True):
-            same, total = same + int((np.sort(a, -1) == np.sort(b, -1)).sum()), total + a.size
+    for one, run in zip(made, runs, strict=True):
+        mine = runner(runtime, one.feed)()
+        check.labels.append(one.label)
+        for a, b in zip(mine, one.outputs, strict=False):
+            check.add(one.label, _tensor(a), _tensor(b))
+        for name, a in zip(chosen, mine[len(one.outputs) :], strict=True):
+            same, total = same + int((np.sort(a, -1) == np.sort(run[name], -1)).sum()), total + a.size
     report.whole_model_error, report.whole_model_shapes = check.max_error, check.labels
     report.routing_agreement = same / total if total else None
     if settings.quantize is None and total and same < LEAST_AGREEMENT * total:

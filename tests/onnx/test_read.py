@@ -76,6 +76,33 @@ def test_dense_experts(tmp_path: Path) -> None:
     assert "gelu, concat" in report.layers[0].evidence[1]
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_experts_with_a_capacity(choices: int, tmp_path: Path) -> None:
+    """40 tokens for 5 experts of 6 places: some are dropped, and dropped ones stay zero."""
+    source = written.capacity(tmp_path / "in.onnx", choices)
+    x = np.random.default_rng(1).standard_normal((40, 16)).astype(np.float32)
+    report = check_rewritten(source, tmp_path, 1, {"x": x})
+    assert "expert" in report.layers[0].evidence[-1]
+    (y,) = outputs(tmp_path / "out.onnx", {"x": x})
+    assert (np.abs(y).max(-1) == 0).any()
+
+
+def test_weights_in_bfloat16_that_are_widened(tmp_path: Path) -> None:
+    source = written.widened(tmp_path / "in.onnx")
+    x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
+    check_rewritten(source, tmp_path, 1, {"x": x})
+
+
+def test_a_file_in_16_bits(tmp_path: Path) -> None:
+    source, out = written.half(tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = moec.export(source, out)
+    assert [layer.status for layer in report.layers] == ["rewritten"]
+    feed = {"x": np.random.default_rng(1).standard_normal((23, 16)).astype(np.float16)}
+    (mine,), (theirs,) = outputs(out, feed), outputs(source, feed)
+    assert mine.dtype == theirs.dtype
+    assert np.linalg.norm((mine - theirs).astype(np.float32)) <= 4e-3 * np.linalg.norm(theirs.astype(np.float32))
+
+
 def test_int8_of_a_file(tmp_path: Path) -> None:
     source, out = written.dense(tmp_path / "in.onnx"), tmp_path / "out.onnx"
     report = moec.export(source, out, quantize="int8")

@@ -27,10 +27,39 @@ class Dense(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
-        gates = torch.zeros(x.shape[0], 5).scatter(1, chosen, weights / weights.sum(-1, keepdim=True))
+        gates = x.new_zeros(x.shape[0], 5).scatter(1, chosen, weights / weights.sum(-1, keepdim=True))
         a, b = torch.einsum("td,edf->tef", x, self.up).chunk(2, -1)
         y = torch.einsum("tef,efd->ted", F.gelu(a) * b, self.down)
         return (y * gates.unsqueeze(-1)).sum(1)
+
+
+class Capacity(nn.Module):
+    """Places in a queue for each expert, as GShard and Switch write it: x[T, 16] -> [T, 16].
+
+    The first choices of all tokens come before the second ones; a token that finds no place gets nothing.
+    """
+
+    def __init__(self, choices: int = 1, places: int = 6) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 5, bias=False)
+        self.up, self.b_up = nn.Parameter(torch.randn(5, 16, 24) / 4), nn.Parameter(torch.randn(5, 1, 24) / 4)
+        self.down = nn.Parameter(torch.randn(5, 24, 16) / 5)
+        self.choices, self.places = choices, places
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chances = self.gate(x).softmax(-1)
+        left, before, combine = chances, torch.zeros(1, 5), torch.zeros(1, 1, self.places)
+        for _ in range(self.choices):
+            asked = F.one_hot(left.argmax(-1), 5).float()
+            place = (torch.cumsum(asked, 0) - 1 + before) * asked
+            kept = asked * (place < self.places)
+            spots = F.one_hot((place * kept).sum(-1).long(), self.places).float()
+            combine = combine + (chances * kept).unsqueeze(-1) * spots.unsqueeze(1)
+            left, before = left * (1 - asked), before + asked.sum(0, keepdim=True)
+        dispatch = (combine > 0).float()
+        rows = torch.einsum("tec,td->ecd", dispatch, x)
+        h = torch.relu(torch.bmm(rows, self.up) + self.b_up)
+        return torch.einsum("tec,ecd->td", combine, torch.bmm(h, self.down))
 
 
 class Logits(nn.Module):
@@ -103,3 +132,51 @@ def looped(path: Path) -> Path:
 def dense(path: Path) -> Path:
     torch.manual_seed(0)
     return by_torch(Dense(), torch.randn(7, 16), path, "x")
+
+
+def capacity(path: Path, choices: int = 1) -> Path:
+    torch.manual_seed(choices)
+    return by_torch(Capacity(choices), torch.randn(17, 16), path, "x")
+
+
+def half(path: Path) -> Path:
+    """All in 16 bits."""
+    torch.manual_seed(0)
+    return by_torch(Dense().half(), torch.randn(7, 16).half(), path, "x")
+
+
+class Widened(nn.Module):
+    """Weights held in bfloat16 and computed with in fp32: x[T, 16] -> [T, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = OneLayerStacked()
+        self.up = nn.Parameter(self.layer.up.detach().bfloat16())
+        self.down = nn.Parameter(self.layer.down.detach().bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gathered(self.layer.gate(x), x, self.up.float(), self.down.float())
+
+
+class OneLayerStacked(nn.Module):
+    """A MoE layer whose experts' weights are gathered for each slot: x[T, 16] -> [T, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 5, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(5, 48, 16) / 4), nn.Parameter(torch.randn(5, 16, 24) / 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gathered(self.gate(x), x, self.up, self.down)
+
+
+def gathered(logits: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    weights, chosen = logits.softmax(-1).topk(2, -1)
+    a, b = torch.einsum("tkfd,td->tkf", up[chosen], x).chunk(2, -1)
+    y = torch.einsum("tkdf,tkf->tkd", down[chosen], F.silu(a) * b)
+    return (y * weights.unsqueeze(-1)).sum(1)
+
+
+def widened(path: Path) -> Path:
+    torch.manual_seed(0)
+    return by_torch(Widened(), torch.randn(7, 16), path, "x")

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-import torch
-
+from moec.frontends.onnx.constants import Constants
 from moec.frontends.onnx.store import Bank
 
 
@@ -29,41 +28,48 @@ class Found:
     """Whether something is clamped in the region."""
 
 
-def expert_weights(nodes: Sequence[Any], initializers: Sequence[Any], experts: int) -> Found:
-    """Those of `initializers` that can be told apart by expert. `experts` is the least number there may be."""
-    three = [v for v in initializers if len(v.const_value.shape) == 3 and v.const_value.shape[0] >= experts]
-    scalars = tuple(
-        float(v.const_value.numpy())
-        for v in initializers
-        if len(v.const_value.shape) == 0 and "FLOAT" in v.const_value.dtype.name
-    )
+def expert_weights(nodes: Sequence[Any], read: Constants, experts: int) -> Found:
+    """The constants of `nodes` that can be told apart by expert. `experts` is the least number there may be."""
+    values = [value for value in read.of(nodes) if read.is_float(value)]
+    three = [v for v in values if len(read.shape(v)) == 3 and read.shape(v)[0] >= experts]
+    scalars = tuple(float(read.tensor(v)) for v in values if read.shape(v) in ((), (1,)))
     clamps = any(node.op_type in ("Clip", "Min", "Max") for node in nodes)
     if three:
-        count = three[0].const_value.shape[0]
-        two = [v for v in initializers if len(v.const_value.shape) == 2 and v.const_value.shape[0] == count]
-        same = [v for v in three if v.const_value.shape[0] == count]
-        return Found(tuple(map(_tensor, same)), tuple(map(_tensor, two)), scalars, clamps)
-    return Found(_lists(initializers, 2, experts), _lists(initializers, 1, experts), scalars, clamps)
+        count = read.shape(three[0])[0]
+        two = [v for v in values if len(read.shape(v)) in (2, 3) and read.shape(v)[0] == count and _is_bias(read, v)]
+        same = [v for v in three if read.shape(v)[0] == count and v not in two]
+        biases = tuple(read.tensor(v).reshape(count, -1) for v in two)
+        return Found(tuple(map(read.tensor, same)), biases, scalars, clamps)
+    return Found(_lists(values, read, 2, experts), _lists(values, read, 1, experts), scalars, clamps)
 
 
-def _tensor(value: Any) -> torch.Tensor:
-    return torch.from_numpy(value.const_value.numpy().copy())
+def _is_bias(read: Constants, value: Any) -> bool:
+    """[E, N], or [E, 1, N] to be added to [E, C, N]."""
+    shape = read.shape(value)
+    return len(shape) == 2 or shape[1] == 1
 
 
-def _lists(initializers: Sequence[Any], rank: int, experts: int) -> tuple[Bank, ...]:
-    """Initializers that are alike but for a number in their name, as one list for each name."""
+def _lists(values: Sequence[Any], read: Constants, rank: int, experts: int) -> tuple[Bank, ...]:
+    """Constants that are alike but for a number in their name, as one list for each name."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[list[int], Any]]] = {}
-    for value in initializers:
-        if len(value.const_value.shape) == rank and "FLOAT" in value.const_value.dtype.name:
-            numbers = [int(one) for one in re.findall(r"\d+", value.name)]
-            pattern = re.sub(r"\d+", "#", value.name)
-            groups.setdefault((pattern, tuple(value.const_value.shape)), []).append((numbers, value))
+    for value in values:
+        if len(read.shape(value)) == rank:
+            name = _origin(value)
+            numbers = [int(one) for one in re.findall(r"\d+", name)]
+            groups.setdefault((re.sub(r"\d+", "#", name), read.shape(value)), []).append((numbers, value))
     found = []
     for members in groups.values():
         ordered = [value for _, value in sorted(members, key=lambda member: member[0])]
         if len(ordered) >= max(2, experts):
-            found.append(tuple(map(_tensor, ordered)))
+            found.append(tuple(map(read.tensor, ordered)))
     return tuple(found)
+
+
+def _origin(value: Any) -> str:
+    """The name of the initializer that a constant is computed from."""
+    while value.const_value is None and value.producer() is not None and value.producer().inputs:
+        value = value.producer().inputs[0]
+    return str(value.name)
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,38 @@ Constants flow nowhere: only values that an input of the graph reaches count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import networkx
 
+from moec.frontends.onnx.constants import Constants
+
 
 class Flow:
     """The nodes of one graph by their place in it, and the edges between them."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, read: Constants) -> None:
         self.nodes, self.inputs = list(graph), list(graph.inputs)
         self.place = {node: index for index, node in enumerate(self.nodes)}
         self.exit = len(self.nodes)
+        self.fixed = {i for i, node in enumerate(self.nodes) if all(map(read.holds, node.outputs))}
+        self._owners = _owners(self.nodes)
         self.edges: networkx.DiGraph = networkx.DiGraph()
         self.edges.add_nodes_from(range(self.exit + 1))
         outputs = set(graph.outputs)
         for index, node in enumerate(self.nodes):
+            if index in self.fixed:
+                continue
             for output in node.outputs:
-                users = [self.place[user] for user, _ in output.uses() if user in self.place]
-                self.edges.add_edges_from((index, user) for user in users)
+                self.edges.add_edges_from((index, user) for user in self._users(output))
                 if output in outputs:
                     self.edges.add_edge(index, self.exit)
+
+    def _users(self, value: Any) -> list[int]:
+        """Nodes of this graph that read a value, be it in a graph of their own."""
+        owners = (self._owners.get(user, user) for user, _ in value.uses())
+        return [self.place[user] for user in owners if user in self.place]
 
     @cached_property
     def after(self) -> dict[int, int]:
@@ -35,7 +44,7 @@ class Flow:
         found: dict[int, int] = networkx.immediate_dominators(self.edges.reverse(copy=False), self.exit)
         return found
 
-    def joins(self, node: Any, most: int = 12) -> list[Any]:
+    def joins(self, node: Any, most: int = 24) -> list[Any]:
         """Nodes that everything computed from `node` passes through, the nearest first."""
         found: list[Any] = []
         at = self.after.get(self.place[node])
@@ -60,11 +69,16 @@ class Flow:
         return [self.nodes[i] for i in sorted(self.before(end) - self.before(choice))]
 
 
-def constants(nodes: Iterable[Any]) -> list[Any]:
-    """The initializers that nodes read, each once, in order of use."""
-    found: dict[Any, None] = {}
+def _owners(nodes: list[Any]) -> dict[Any, Any]:
+    """For each node within a node's graphs, that node."""
+    found = {}
     for node in nodes:
-        for value in node.inputs:
-            if value is not None and value.const_value is not None:
-                found.setdefault(value)
-    return list(found)
+        for graph in graphs_of(node):
+            found.update(dict.fromkeys(graph.all_nodes(), node))
+    return found
+
+
+def graphs_of(node: Any) -> list[Any]:
+    """The graphs that a node runs: the branches of If, the bodies of Loop and Scan."""
+    kinds = [attribute for attribute in node.attributes.values() if attribute.type.name in ("GRAPH", "GRAPHS")]
+    return [graph for one in kinds for graph in (one.as_graphs() if one.type.name == "GRAPHS" else [one.as_graph()])]

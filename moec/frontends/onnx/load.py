@@ -35,7 +35,9 @@ def load(path: Path) -> Any:
     if model.opset_imports[""] < LEAST_OPSET:
         model = _converted(path, model)
     try:
-        return _tidied(model)
+        model = _tidied(model)
+        ir.to_proto(model)  # which parts of it are made again for ONNX Runtime
+        return model
     except Exception as error:  # passes of onnx-ir raise what they meet in a damaged graph
         raise _unreadable(path, f"its graph is damaged: {_line(error)}") from error
 

@@ -5,16 +5,17 @@ T tokens, K experts per token, D model width, F expert width. Every hypothesis i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from moec.frontends.onnx.banks import Body, Found, bodies, shape_of
+from moec.frontends.onnx.layer import Form
 from moec.frontends.onnx.store import Bank, FileWeights
-from moec.ir import Builder, ExpertFfn, Region, Tensor, Value, Weight
+from moec.ir import Builder, DenseFfn, ExpertFfn, Region, Tensor, Value, Weight
 
 FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -26,6 +27,9 @@ FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 LAYOUTS = ("concat", "concat_up_first", "interleaved", "interleaved_up_first")
 LOOSE = 1e-4
+# Tokens that hypotheses are tried on first.
+FEW = 6
+LOW = {"FLOAT16": 5e-3, "BFLOAT16": 4e-2}
 
 
 @dataclass(frozen=True)
@@ -59,24 +63,62 @@ class Recorded:
     xs: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
     ys: Mapping[str, torch.Tensor]
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    """How each of the weights holds them."""
+    bar: float = LOOSE
 
 
 def solve(recorded: Recorded, found: Found) -> Solution | None:
-    """The first hypothesis under which the recorded values fit."""
-    tokens = recorded.ids.shape[0]
+    """The first hypothesis under which the recorded values fit. A few tokens rule most of them out."""
+    tokens = len(recorded.ids)
+    few = _taken(recorded, torch.linspace(0, tokens - 1, min(tokens, FEW)).long())
     for x_name, x in recorded.xs.items():
         for body in bodies(found, x.shape[-1]):
-            h = project(x, recorded.ids, body.w_in, body.b_in)
-            up = None if body.w_up is None else project(x, recorded.ids, body.w_up, body.b_up)
+            # Widths decide before numbers do.
+            ys = {name: y for name, y in few.ys.items() if y.shape[1] == shape_of(body.w_out)[0]}
+            if not ys:
+                continue
+            some = _hidden(few, x_name, body)
+            whole = None
             for activation in activations(body, found):
-                rows = project(activated(h, up, activation), recorded.ids, body.w_out, body.b_out)
-                for w_name, w in [*recorded.weights.items(), (None, torch.ones(recorded.ids.shape))]:
-                    y = (rows * w.reshape(tokens, -1, 1)).sum(1)
-                    match = next((name for name, theirs in recorded.ys.items() if near(y, theirs)), None)
-                    if match is not None:
+                rows = project(activated(*some, activation), few.ids, body.w_out, body.b_out)
+                for w_name, y_name in _matches(rows, few.weights, ys, recorded.bar):
+                    whole = whole or _hidden(recorded, x_name, body)
+                    rows = project(activated(*whole, activation), recorded.ids, body.w_out, body.b_out)
+                    w = torch.ones(recorded.ids.shape) if w_name is None else recorded.weights[w_name]
+                    if near((rows * w.unsqueeze(-1)).sum(1), recorded.ys[y_name], recorded.bar):
                         # gate and up may be told apart only by which of them is activated.
-                        return Solution(x_name, w_name, match, _named(body, activation), _settled(activation))
+                        return Solution(x_name, w_name, y_name, _named(body, activation), _settled(activation))
     return None
+
+
+def _taken(recorded: Recorded, at: torch.Tensor) -> Recorded:
+    """The same values of these tokens alone."""
+    xs, weights, ys = (
+        {name: one[at] for name, one in group.items()} for group in (recorded.xs, recorded.weights, recorded.ys)
+    )
+    return Recorded(recorded.ids[at], xs, weights, ys, bar=recorded.bar)
+
+
+def _hidden(recorded: Recorded, x_name: str, body: Body) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What goes into the activation: [T, K, F or 2F], and up where it has weights of its own."""
+    x = recorded.xs[x_name]
+    up = None if body.w_up is None else project(x, recorded.ids, body.w_up, body.b_up)
+    return project(x, recorded.ids, body.w_in, body.b_in), up
+
+
+def _matches(
+    rows: torch.Tensor, weights: Mapping[str, torch.Tensor], ys: Mapping[str, torch.Tensor], bar: float
+) -> list[tuple[str | None, str]]:
+    """Pairs of weights and results that fit rows[T, K, D], in order."""
+    names: list[str | None] = [*weights, None]
+    told = torch.stack([*weights.values(), torch.ones(rows.shape[:2])])
+    mine = torch.einsum("wtk,tkd->wtd", told, rows)
+    theirs = torch.stack(list(ys.values()))
+    gap = (mine.unsqueeze(1) - theirs.unsqueeze(0)).norm(dim=-1)
+    fits = (gap <= 4 * bar * theirs.norm(dim=-1) + 1e-12).all(-1)
+    titles = list(ys)
+    return [(names[w], titles[y]) for w, y in fits.nonzero().tolist()]
 
 
 def _named(body: Body, activation: Activation) -> Body:
@@ -132,24 +174,39 @@ def activated(h: torch.Tensor, up: torch.Tensor | None, at: Activation) -> torch
     return a if up is None else a * (up + at.up_shift)
 
 
-def near(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Each row within LOOSE; zeros are no evidence."""
+def loose(values: Iterable[Any]) -> float:
+    """How near values of the graph's types can be."""
+    return max((LOW.get(value.dtype.name, LOOSE) for value in values), default=LOOSE)
+
+
+def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float = LOOSE) -> bool:
+    """Each row within the bar; zeros are no evidence."""
     if mine.shape != theirs.shape or not bool(torch.isfinite(mine).all()):
         return False
     norm, gap = theirs.norm(dim=-1), (mine - theirs).norm(dim=-1)
-    return bool((norm > 0).any() and (gap <= LOOSE * norm + 1e-12).all())
+    return bool((norm > 0).any() and (gap <= bar * norm + 1e-12).all())
 
 
-def lift(name: str, solution: Solution, k: int) -> tuple[Region, FileWeights]:
-    """The layer in the IR: x f32[T, D], experts i32[T, K], weights f32[T, K] -> f32[T, D]."""
+def lift(
+    name: str, solution: Solution, k: int, dtype: str = "f32", weights_dtype: str = "f32"
+) -> tuple[Region, FileWeights]:
+    """The layer in the IR: x[T, D], experts i32[T, K], weights[T, K] -> [T, D]; k=0 means a dense one, of x alone."""
     body, at = solution.body, solution.activation
     banks = {role: bank for role, bank in vars(body).items() if bank is not None}
     b = Builder(name)
-    x = b.input("x", Tensor.of("f32", "T", shape_of(body.w_in)[1]))
-    experts, weights = b.input("experts", Tensor.of("i32", "T", k)), b.input("weights", Tensor.of("f32", "T", k))
+    x = b.input("x", Tensor.of(dtype, "T", shape_of(body.w_in)[1]))
+    routing = []
+    if k:
+        routing = [b.input("experts", Tensor.of("i32", "T", k)), b.input("weights", Tensor.of(weights_dtype, "T", k))]
     refs: dict[str, Value] = {}
     for role, bank in banks.items():
-        refs[role] = b.add(Weight(ref=role, type=Tensor.of("f32", len(bank), *shape_of(bank))), role)
+        sizes = (len(bank), *shape_of(bank)) if k else shape_of(bank)
+        refs[role] = b.add(Weight(ref=role, type=Tensor.of(dtype, *sizes)), role)
     more: dict[str, Any] = {role: value for role, value in refs.items() if role not in ("w_in", "w_out")}
     more |= {"fn": at.fn, "layout": at.layout, "alpha": at.alpha, "limit": at.limit, "up_shift": at.up_shift}
-    return b.build(b.add(ExpertFfn(x, experts, weights, refs["w_in"], refs["w_out"], **more), "y")), FileWeights(banks)
+    if k:
+        y = b.add(ExpertFfn(x, routing[0], routing[1], refs["w_in"], refs["w_out"], **more), "y")
+    else:
+        y = b.add(DenseFfn(x, refs["w_in"], refs["w_out"], **more), "y")
+    held = banks if k else {role: bank[0] for role, bank in banks.items()}
+    return b.build(y), FileWeights(held, dtype)

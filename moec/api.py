@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.compiler import Compiled, choose_backend, compile_layer
+from moec.compiler import Compiled, choose_backend
 from moec.environment import machine, versions
 from moec.errors import MoecError
+from moec.freeing import compile_freed, gather_layer, refuse_freeing
 from moec.frontends.torch.analyse import Analysis, analyse, candidates
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.install import CompiledMethod, drop_own_methods, install, installed, uninstall
@@ -81,7 +82,9 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
         with _probe(target, chosen) as probe:
             report, layers = _work(probe, example, chosen)
         methods = [layer.method_for(target) for layer in layers if layer.layer.compiled]
-        for method in methods:
+        for method, layer in zip(methods, [layer for layer in layers if layer.layer.compiled], strict=True):
+            if chosen.free_original:  # what is small was the probe's own so far
+                gather_layer(target, method.module, layer.lifted.views)
             method.ready()
     except BaseException:
         for method in older:
@@ -115,7 +118,8 @@ def _compile_file(path: Path, options: dict[str, Any]) -> Any:
 @torch.inference_mode(False)
 def explain(model: Any, example_inputs: Example = None, **options: Any) -> Report:
     """The report that compile would give, without changing anything."""
-    chosen = Options.make(**{**options, "inplace": False, "strict": False})
+    Options.make(**options)
+    chosen = Options.make(**{**options, "inplace": False, "strict": False, "free_original": False})
     model, example = _module(model), _example(example_inputs)
     start = time.perf_counter()
     twin = make_twin(model)
@@ -230,6 +234,7 @@ def _work(
 ) -> tuple[Report, list[Compiled]]:
     """Analyse and compile every layer of the probe."""
     backend, why = choose_backend(options, _device(probe))
+    refuse_freeing(options, backend)
     report = Report(versions=versions(), machine=machine(), notes=[why] if why else [])
     # A library call says nothing to a log file; on a terminal the wait is shown.
     with progress("compiling", 2 * len(candidates(probe)), quiet=not sys.stderr.isatty()) as bar:
@@ -237,7 +242,7 @@ def _work(
         layers = []
         for lifted in found.lifted:
             bar.step(lifted.name)
-            layers.append(compile_layer(lifted, options, backend))
+            layers.append(compile_freed(probe, lifted, options, backend))
     report.notes += found.notes
     report.layers = _ordered(probe, [c.layer for c in layers], found)
     if options.strict:

@@ -22,9 +22,6 @@ MODES: dict[str, str | None] = {
 }
 QUANTIZE: dict[str, str | None] = {"int8": None}
 # What is asked for and does not work yet is refused: to ignore it would be a silent change of plan.
-FLAGS: dict[str, str] = {
-    "free_original": "packed weights are always a second copy so far",
-}
 PLANNED: dict[str, str] = {
     "mesh": "expert parallelism over a device mesh does not exist yet",
     "plan": "placement and capacity plans do not exist yet",
@@ -52,7 +49,8 @@ class Options:
     pack: bool = False
     """Let a back end keep a second copy of the weights in the layout it runs fastest from."""
     free_original: bool = False
-    """With pack: give back the memory of the weights that were packed. Refused so far."""
+    """With pack, on a GPU: experts that are a parameter each move into one piece of memory and give their own back.
+    The parameters stay the same objects with the same values, for the model and its twin."""
     verify: bool = True
     """Check each layer against the original before it is replaced."""
     strict: bool = False
@@ -81,7 +79,13 @@ class Options:
         for name in values:
             if name not in known:
                 raise MoecError("MOEC501", f"unknown option {name!r}", hint=suggest(name, known))
-        return cls(**{name: _checked(name, value) for name, value in values.items()})
+        found = cls(**{name: _checked(name, value) for name, value in values.items()})
+        if found.free_original and not found.pack:
+            raise MoecError("MOEC502", "free_original=True frees what was packed", hint="pass pack=True as well")
+        if found.free_original and found.quantize is not None:
+            why = "an int8 copy cannot give the parameters' values back"
+            raise MoecError("MOEC503", f"free_original=True with quantize: {why}", hint="leave one of them out")
+        return found
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -100,8 +104,6 @@ def _checked(name: str, value: Any) -> Any:
         return _passes(value)
     if not isinstance(value, bool):
         raise MoecError("MOEC502", f"{name}={value!r} must be True or False", hint=f"pass {name}=True or {name}=False")
-    if value and name in FLAGS:
-        raise MoecError("MOEC503", f"{name}=True: {FLAGS[name]}", hint=f"leave {name} out")
     return value
 
 

@@ -38,7 +38,7 @@ def test_options_are_frozen() -> None:
         ({"strict": "yes"}, "MOEC502", "strict='yes' must be True or False"),
         ({"passes": 3}, "MOEC502", "passes=3 must be text or a list of passes"),
         ({"passes": [3]}, "MOEC502", "must be text or a list of passes"),
-        ({"free_original": True, "pack": True}, "MOEC503", "always a second copy so far"),
+        ({"free_original": True}, "MOEC502", "frees what was packed"),
         ({"inplce": True}, "MOEC501", 'did you mean "inplace"?'),
         ({"mesh": object()}, "MOEC503", "device mesh does not exist yet"),
         ({"plan": object()}, "MOEC503", "plans do not exist yet"),

@@ -12,6 +12,7 @@ from moec.backends.reference.frame import Frame
 from moec.backends.reference.joined import Experts
 from moec.backends.reference.table import MEANINGS
 from moec.backends.triton.operands import CannotPrepareError, Operands
+from moec.backends.triton.pack import bytes_to_pack
 from moec.backends.triton.prepare import Prepared, prepare
 from moec.ir import DenseFfn, ExpertFfn
 
@@ -35,21 +36,22 @@ class TritonFused:
         operands = {role: getattr(op, role) for role in ROLES}
         self._names = {role: value.name for role, value in operands.items() if value is not None}
         self.k = op.experts.type.shape[1].constant or 1 if isinstance(op, ExpertFfn) else 1
-        self._packs = False
+        self._packs, self._nbytes_packed = False, 0
         self._held: dict[torch.device, _Held] = {}
         self._lock = Lock()
 
     @property
     def nbytes_packed(self) -> int:
-        """Bytes of packed copies."""
-        return sum(held.prepared.nbytes_packed for held in list(self._held.values()) if held.prepared is not None)
+        """Bytes of packed copies, those that the next call makes included."""
+        return self._nbytes_packed
 
     def pack(self, at: Frame) -> None:
-        """Copy the weights into the layout that is fastest here."""
-        self._packs = True
+        """From now on run from a copy of these weights in the layout that is fastest here; the next call makes it."""
+        sources = {role: at.values[name] for role, name in self._names.items()}
+        operands: dict[str, Any] = dict(sources)
         with self._lock:
+            self._packs, self._nbytes_packed = True, bytes_to_pack(Operands(**operands))
             self._held.clear()
-            self._prepare(at, at.device)
 
     def run(self, at: Frame) -> tuple[torch.Tensor, ...]:
         """The op's result for the frame's inputs."""

@@ -13,6 +13,8 @@ from moec.backends.triton.choose import Plan, Shape, choose
 from moec.backends.triton.gpu import GpuFacts, gpu_facts
 from moec.backends.triton.launch import Launch
 from moec.backends.triton.operands import Operands
+from moec.backends.triton.pack import bytes_to_pack
+from moec.backends.triton.pack import pack as pack_experts
 from moec.backends.triton.paths import make_run
 from moec.backends.triton.site import Run, Site
 from moec.backends.triton.spec import Layer, layer_of
@@ -27,18 +29,22 @@ def prepare(op: ExpertFfn | DenseFfn, operands: Operands, device: torch.device, 
     """Kernels for an op over these weights, read through their addresses at each call.
 
     Prepare again when a weight's storage, shape or strides changed. Raises CannotPrepareError with the reason where
-    the kernels cannot read the weights. `pack` is accepted and copies nothing yet.
+    the kernels cannot read the weights. `pack` copies experts that are a tensor each into one piece of memory.
     """
-    del pack
+    size = bytes_to_pack(operands) if pack else 0
+    operands = pack_experts(operands) if size else operands
     if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    return Prepared(layer_of(op, operands, device), gpu_facts(device), device)
+    found = Prepared(layer_of(op, operands, device), gpu_facts(device), device)
+    found.nbytes_packed = size
+    return found
 
 
 class Prepared:
     """The kernels of one fused op. Calls work on the current stream and never wait for the device."""
 
     nbytes_packed = 0
+    """Bytes of copies of weights."""
 
     def __init__(self, layer: Layer, facts: GpuFacts, device: torch.device) -> None:
         self.layer, self.facts, self.device = layer, facts, device

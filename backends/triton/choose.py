@@ -80,6 +80,8 @@ class Shape:
     """Whether a product's weights lie [C, N] in memory: the first, the second."""
     tma: bool
     """Whether the weights lie so that TMA can read them."""
+    listed: bool = False
+    """Whether a table says where each expert's weights lie."""
 
 
 def expected_hit(tokens: int, k: int, experts: int) -> float:
@@ -108,8 +110,8 @@ def choose(shape: Shape, tokens: int, k: int, facts: GpuFacts) -> Plan:
 
 
 def _tile(numbers: tuple[int, ...]) -> Tile:
-    bm, bn, bk, warps, stages, group, flatten, per_processor = numbers
-    return Tile(bm, bn, bk, warps, stages, group, bool(flatten), per_processor)
+    tile = Tile._make(numbers)
+    return tile._replace(flatten=bool(tile.flatten))
 
 
 def repeats_cost_less(shape: Shape, pairs: int, hit: float) -> bool:

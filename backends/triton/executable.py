@@ -75,6 +75,11 @@ class TritonExecutable(RegionExecutable):
         return found
 
     @property
+    def straight(self) -> bool:
+        """Whether the region is one fused op, so that a call is nothing but its launches."""
+        return self._express is not None
+
+    @property
     def fused(self) -> list[TritonFused]:
         """The ops that run by kernels."""
         return [step.fast for step in self._steps if isinstance(step.fast, TritonFused)]

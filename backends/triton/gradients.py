@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import triton
 
+from moec.backends.triton.arranging import summing
 from moec.backends.triton.choose import Plan, Tile
 from moec.backends.triton.gradient_tiles import GradientTiles, gradient_tiles
-from moec.backends.triton.grouped_path import GroupedRun, grouped_run, summing
+from moec.backends.triton.grouped_path import COUNTS, META, GroupedRun, Y, grouped_run
 from moec.backends.triton.kernels import group
 from moec.backends.triton.kernels.hidden_gradient import hidden_gradient, weight_sums
 from moec.backends.triton.kernels.input_gradient import input_gradient
@@ -72,17 +73,17 @@ class TrainRun:
         self.at_order = self.at + 2 * self.most
         self.tiles: GradientTiles = gradient_tiles(site.layer, self.rows, site.facts)
         self.width = 2 * site.layer.f if site.layer.up is not None else site.layer.f
-        self.sum_inputs = summing(replace(site, layer=replace(site.layer, o=site.layer.d)), tokens)
+        self.sum_inputs, _ = summing(replace(site, layer=replace(site.layer, o=site.layer.d)), tokens)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, Saved]:
         """x[T, D], ids[T, K], weights[T, K]? -> [T, O], and what the backward needs."""
         grouped, layer = self.grouped, self.layer
-        meta = torch.empty(grouped.meta_size, dtype=torch.int32, device=x.device)
+        meta, counts = (grouped.scratch.apart(index, x.device) for index in (META, COUNTS))
         z, h = x.new_empty(self.pairs, self.width), x.new_empty(self.pairs, layer.f)
         out = x.new_empty(self.tokens, layer.o)
-        y = out if grouped.y_size is None else x.new_empty(grouped.y_size)
+        y = out if grouped.straight else grouped.scratch.apart(Y, x.device)
         stream = current_stream(x.device)
-        grouped.arrange(stream, ids, None, meta)
+        grouped.arrange(stream, ids, None, meta, counts)
         self._first(stream, x, meta, z, h)
         grouped.second(stream, h, meta, weights, y)
         grouped.last(stream, y, ids, None, out)

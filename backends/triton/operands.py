@@ -60,8 +60,11 @@ class Stored:
         """Whether every row starts at a multiple of 16 bytes and its elements lie side by side: what TMA needs."""
         outer, inner = sorted(self.strides, reverse=True)
         size = self.dtype.itemsize
-        even = (outer * size) % 16 == 0 and (self.stride * size) % 16 == 0 and self.stride > 0
-        return self.listed == 0 and inner == 1 and outer > 1 and even and self.base.data_ptr() % 16 == 0
+        if inner != 1 or outer <= 1 or (outer * size) % 16:
+            return False
+        if self.listed:
+            return self.listed == 1
+        return (self.stride * size) % 16 == 0 and self.stride > 0 and self.base.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from moec.backends.triton.choose import Plan, Rows
 from moec.backends.triton.kernels import gemv
-from moec.backends.triton.launch import current_stream
+from moec.backends.triton.launch import AllReady, address, current_stream
 from moec.backends.triton.site import Run, Site, base, cdiv, matrix, vectors
 
 
@@ -49,6 +49,7 @@ def gemv_run(site: Site, plan: Plan, tokens: int) -> Run:
     in_bases = tuple(base(part) for part in (gate.w, up.w, gate.b, up.b, gate.scale, up.scale))
     out_bases = tuple(base(part) for part in (down.w, down.b, down.scale))
     size = (tokens * k, layer.f)
+    ready = AllReady((first, second))
 
     def run(
         x: torch.Tensor,
@@ -59,7 +60,12 @@ def gemv_run(site: Site, plan: Plan, tokens: int) -> Run:
     ) -> None:
         h = x.new_empty(size)
         stream = current_stream(x.device)
-        first(stream, grid, x, ids, valid, *in_bases, h, tokens)
-        second(stream, grid_out, h, ids, weights, valid, *out_bases, out, tokens)
+        if ready:
+            at, at_h, at_ids, at_valid = x.data_ptr(), h.data_ptr(), ids.data_ptr(), address(valid)
+            first(stream, grid, at, at_ids, at_valid, *in_bases, at_h, tokens)
+            second(stream, grid_out, at_h, at_ids, address(weights), at_valid, *out_bases, out.data_ptr(), tokens)
+        else:
+            first(stream, grid, x, ids, valid, *in_bases, h, tokens)
+            second(stream, grid_out, h, ids, weights, valid, *out_bases, out, tokens)
 
     return run

@@ -56,11 +56,20 @@ class Site:
         """Whether a kernel may start before the one it follows has ended."""
         return self.facts.hopper and not self.facts.interpreted
 
-    def launch(self, kernel: Any, constants: dict[str, Any], *, warps: int = 4, stages: int = 1, pdl: bool) -> Launch:
+    def launch(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        pdl: bool,
+        scratch: bool = False,
+    ) -> Launch:
         """The launch of a kernel with these constants, made once."""
         key = (kernel.__name__, tuple(constants.items()), warps, stages, pdl)
         if key not in self.made:
-            self.made[key] = Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl)
+            self.made[key] = Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl, scratch=scratch)
         return self.made[key]
 
 

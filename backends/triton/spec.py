@@ -48,7 +48,8 @@ class Layer:
         gate, down = self.gate.w, self.down.w
         turned = tuple(w.strides[0] == 1 and w.strides[1] != 1 for w in (gate, down))
         tma = gate.aligned and down.aligned and (self.up is None or self.up.w.aligned)
-        return (self.experts, self.d, self.f, self.o, self.up is not None, self.dtype, gate.dtype, turned, tma)
+        listed = gate.listed > 0 or down.listed > 0
+        return (self.experts, self.d, self.f, self.o, self.up is not None, self.dtype, gate.dtype, turned, tma, listed)
 
 
 def layer_of(op: ExpertFfn | DenseFfn, operands: Operands, device: torch.device) -> Layer:

@@ -50,7 +50,7 @@ class Entry:
 def key_of(shape: Shape, k: int) -> str:
     """What a plan is good for: everything that a choice depends on but the number of tokens and the GPU."""
     dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.weights))
-    lies = "".join("t" if turned else "n" for turned in shape.turned) + ("a" if shape.tma else "u")
+    lies = "".join("t" if turned else "n" for turned in shape.turned) + ("a" if shape.tma else "u") + "l" * shape.listed
     gate = "gated" if shape.gated else "plain"
     return f"E{shape.experts}k{k}D{shape.d}F{shape.f}O{shape.o}-{gate}-{dtypes}-{lies}"
 

@@ -6,6 +6,7 @@ T tokens, K experts per token, E experts, D model width.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ BATCHES = 4
 ROUNDS = 3
 USUAL = (1, 8, 64, 512, 4096)
 """Numbers of tokens that are tuned where none are named; plans hold for the numbers around them."""
+REST = 0.05
+"""Seconds of rest before each plan is timed."""
 WORTH = 0.99
 """A plan replaces another if it takes less than this share of its time; less is noise."""
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -138,6 +141,9 @@ class _Search:
             yield plan._replace(first=shape) if name == "first" else plan._replace(second=shape)
 
     def _measure(self, plan: Plan) -> float:
+        # A GPU that has just worked at its power limit is slower than one that rests: all plans start rested.
+        time.sleep(REST)
+
         def go() -> None:
             for batch in self.batches:
                 self.prepared(*batch, plan=plan)

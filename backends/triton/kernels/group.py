@@ -92,8 +92,8 @@ def count_chunks(ids, valid, counts, pairs, K: tl.constexpr, E: tl.constexpr, EB
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def sum_chunks(counts, totals, chunks, EB: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """counts i32[chunks, EB] -> the sums of the chunks before each, in place, and totals[EB]. Grid: EB / BE."""
+def sum_chunks(counts, chunks, EB: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """counts i32[chunks + 1, EB] -> the sums of the chunks before each, in place; the last row: all. Grid: EB / BE."""
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -105,11 +105,11 @@ def sum_chunks(counts, totals, chunks, EB: tl.constexpr, BE: tl.constexpr, BLOCK
         found = tl.load(at, mask=chunk[:, None] < chunks, other=0)
         tl.store(at, carry[None, :] + tl.cumsum(found, axis=0) - found, mask=chunk[:, None] < chunks)
         carry += tl.sum(found, axis=0)
-    tl.store(totals + e, carry)
+    tl.store(counts + chunks * EB + e, carry)
 
 
-@triton.jit(do_not_specialize=["pairs", "rows", "most"], do_not_specialize_on_alignment=["ids", "valid"])
-def place_chunks(ids, valid, counts, totals, meta, pairs, rows, most,
+@triton.jit(do_not_specialize=["pairs", "chunks", "rows", "most"], do_not_specialize_on_alignment=["ids", "valid"])
+def place_chunks(ids, valid, counts, meta, pairs, chunks, rows, most,
                  K: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, AT: tl.constexpr, HAS_VALID: tl.constexpr,
                  CHUNK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """ids[P], what `sum_chunks` wrote -> meta. Grid: 1 + P / CHUNK, as in `group_small`."""
@@ -117,7 +117,7 @@ def place_chunks(ids, valid, counts, totals, meta, pairs, rows, most,
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     lane = tl.arange(0, EB)
-    total = tl.load(totals + lane)
+    total = tl.load(counts + chunks * EB + lane)
     if tl.program_id(0) == 0:
         write_tiles(meta, tl.where(lane < E, total, 0), rows, most, E, EB, AT)
     else:

@@ -12,7 +12,7 @@ from torch import nn
 import moec
 from moec.backendbase import Executable, load_backend
 from moec.backends.triton.graphs import BUCKETS, GraphedExecutable
-from moec.ir import Builder, ExpertFfn, Region, Tensor, Weight
+from moec.ir import Add, Builder, ExpertFfn, Region, Tensor, Weight
 from tests.backends.running import Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -20,13 +20,15 @@ E, D, F, K = 8, 128, 96, 2
 COUNTS = (1, 2, 3, 7, 16, 33, 64, 200, 512, 700)
 
 
-def region(dtype: str = "bf16") -> Region:
+def region(dtype: str = "bf16", *, residual: bool = True) -> Region:
+    """Experts and, so that there is more than one op to capture, a residual."""
     b = Builder("experts")
     x = b.input("x", Tensor.of(dtype, "T", D))
     ids, weights = b.input("ids", Tensor.of("i64", "T", K)), b.input("weights", Tensor.of("f32", "T", K))
     w_in = b.add(Weight(ref="first", type=Tensor.of(dtype, E, 2 * F, D)))
     w_out = b.add(Weight(ref="second", type=Tensor.of(dtype, E, D, F)))
-    return b.build(b.add(ExpertFfn(x, ids, weights, w_in, w_out, fn="silu", layout="concat")))
+    y = b.add(ExpertFfn(x, ids, weights, w_in, w_out, fn="silu", layout="concat"))
+    return b.build(b.add(Add(x, y)) if residual else y)
 
 
 def weights_for(dtype: torch.dtype = torch.bfloat16) -> Weights:
@@ -64,6 +66,14 @@ def test_graphs_compute_what_the_kernels_do() -> None:
     assert isinstance(graphed, GraphedExecutable)
     assert "captured: 1, 2, 4, 8, 16, 48, 64, 256, 512" in graphed.describe()
     assert max(BUCKETS) == 512
+
+
+def test_a_region_of_one_op_is_not_captured() -> None:
+    weights = weights_for()
+    alone = load_backend("triton").build(region(residual=False), weights.store(), {}, graphs=True)
+    alone(*inputs(4))
+    assert "no CUDA graphs: a call is a few launches" in alone.describe()
+    assert "captured" not in alone.describe()
 
 
 def test_a_replay_gives_a_tensor_of_its_own() -> None:

@@ -18,6 +18,7 @@ from moec.backends.onnx.runtime import session
 from moec.exporter.check import LOW_BARS, Check
 from moec.exporter.probes import region_probes
 from moec.frontends.onnx.layer import Layer, Run
+from moec.frontends.onnx.moe_ops import routed
 
 # Clamps hide at unit scale.
 SCALES = (1.0, 0.05, 60.0)
@@ -55,7 +56,7 @@ class Part:
 
 def confirm(model: Any, layer: Layer, run: Run) -> Check:
     """Routings and scales that the file itself would not meet; `run` has the recorded values of one run of it."""
-    check = Check(bar=max(BAR, LOW_BARS.get(layer.region.inputs[0].type.dtype, 0.0)), loose=10.0)
+    check = Check(bar=max(BAR, layer.bar, LOW_BARS.get(layer.region.inputs[0].type.dtype, 0.0)), loose=10.0)
     outside = layer.form in ("gates", "places")
     cut = {"dense": (layer.x,), "slots": (layer.x, *layer.ids, layer.routing), "logits": (layer.x, layer.routing)}
     values = tuple(value for value in cut.get(layer.form, (layer.x, layer.scores)) if value is not None)
@@ -183,7 +184,9 @@ def _asked(layer: Layer, inputs: Tensors, found: list[torch.Tensor]) -> Tensors:
         weights = inputs[2] if layer.routing is not None else torch.ones_like(inputs[2])
         return [x, inputs[1].int(), weights.to(types[2])]
     if layer.form == "logits":
-        return [x, *routed_by_logits(layer, inputs[1], types[2])]
+        assert layer.router is not None
+        chosen, told = routed(inputs[1].float(), layer.router)
+        return [x, chosen.int(), told.to(types[2])]
     tokens = len(inputs[0])
     ids = torch.cat([one.reshape(tokens, -1) for one in found[1:-1]], 1).long()
     gates = found[-1] if layer.form == "gates" else found[-1].sum(-1)
@@ -197,13 +200,3 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "i32": torch.int32,
 }
-
-
-def routed_by_logits(layer: Layer, logits: torch.Tensor, dtype: torch.dtype) -> Tensors:
-    """experts[T, K] and weights[T, K] by what the op's documentation says."""
-    assert layer.router is not None
-    if layer.router.normalize:
-        best, ids = logits.float().topk(layer.k, -1)
-        return [ids.int(), best.softmax(-1).to(dtype)]
-    weights, ids = logits.float().softmax(-1).topk(layer.k, -1)
-    return [ids.int(), weights.to(dtype)]

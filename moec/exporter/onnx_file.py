@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.backends.onnx import defects
 from moec.backends.onnx.emitter import Emitter
 from moec.backends.onnx.lower import lower
 from moec.backends.onnx.runtime import session
@@ -27,7 +28,7 @@ from moec.exporter.lowerings import place
 from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.routed import facts_about, region_inputs
 from moec.exporter.settings import Settings
-from moec.frontends.onnx.layer import Layer, Run
+from moec.frontends.onnx.layer import DTYPES, Layer, Run
 from moec.frontends.onnx.load import load
 from moec.frontends.onnx.read import read
 
@@ -117,9 +118,12 @@ def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: Expor
     if layer.kept and settings.quantize is None:
         told.reason = layer.kept
         return False
-    ranks = {name: len(value.shape) if value.shape is not None else 0 for name, value in _ends(layer).items()}
-    if ranks["y"] != 2 and ranks["x"] != ranks["y"]:
-        told.reason = f"its result has {ranks['y']} dimensions and its input {ranks['x']}"
+    if layer.doubt and any(one.name in layer.doubt and one.status != "right" for one in defects.examine()):
+        told.reason = layer.doubt
+        return False
+    x, y = run[layer.x.name], run[layer.y.name]
+    if y.ndim not in (2, x.ndim):
+        told.reason = f"its result has {y.ndim} dimensions and its input {x.ndim}"
         return False
     layer, proof = _confirmed(model, layer, run)
     if not proof.passed:
@@ -129,7 +133,7 @@ def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: Expor
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
     facts = facts_about(layer)
-    _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts)
+    _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts, run[layer.y.name])
     return True
 
 
@@ -146,18 +150,14 @@ def _confirmed(model: Any, layer: Layer, run: Run) -> tuple[Layer, Check]:
     return layer, first
 
 
-def _ends(layer: Layer) -> dict[str, Any]:
-    return {"x": layer.x, "y": layer.y}
-
-
-def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts) -> None:
-    """The region in front of the node that gives its result, which then nobody reads."""
+def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts, like: Any) -> None:
+    """The region in front of the node that gives its result, which then nobody reads; `like` is such a result."""
     emit = Emitter(layer.name)
     inputs = region_inputs(emit, layer)
     (y,) = lower(placed.region, placed.weights, emit, inputs, form=placed.form, **known(placed.region, facts))
-    if layer.x.dtype != layer.y.dtype:
-        y = emit.op("Cast", y, to=int(layer.y.dtype))
-    if len(layer.y.shape) != 2:
+    if DTYPES[str(like.dtype)] != layer.region.outputs[0].type.dtype:
+        y = emit.cast(y, DTYPES[str(like.dtype)])
+    if like.ndim != 2:
         y = emit.op("Reshape", y, emit.op("Shape", layer.x), allowzero=1)
     emit.nodes[-1].doc_string = f"moec: {layer.name}\n{placed.region}"
     put_before(graph, layer.y.producer(), emit)

@@ -180,3 +180,19 @@ def gathered(logits: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torc
 def widened(path: Path) -> Path:
     torch.manual_seed(0)
     return by_torch(Widened(), torch.randn(7, 16), path, "x")
+
+
+class DenseSilu(Dense):
+    """As ONNX Runtime's MoE has it: gated by silu, gate and up in turns, weights renormalised."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best, chosen = self.gate(x).topk(2, -1)
+        gates = x.new_zeros(x.shape[0], 5).scatter(1, chosen, best.softmax(-1))
+        h = torch.einsum("td,edf->tef", x, self.up)
+        y = torch.einsum("tef,efd->ted", F.silu(h[..., 0::2]) * h[..., 1::2], self.down)
+        return (y * gates.unsqueeze(-1)).sum(1)
+
+
+def dense_silu(path: Path) -> Path:
+    torch.manual_seed(0)
+    return by_torch(DenseSilu(), torch.randn(7, 16), path, "x")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 from moec.frontends.onnx.constants import Constants
@@ -93,9 +93,7 @@ def bodies(found: Found, width: int) -> Iterator[Body]:
         chosen = [found.matrices[i] for i in order]
         for turns in range(2**count):
             turned = [_turned(bank) if turns >> i & 1 else bank for i, bank in enumerate(chosen)]
-            body = _body(turned, found.biases, width)
-            if body is not None:
-                yield body
+            yield from _bodies(turned, found.biases, width)
 
 
 def _turned(bank: Bank) -> Bank:
@@ -107,20 +105,19 @@ def shape_of(bank: Bank) -> tuple[int, ...]:
     return tuple(bank[0].shape)
 
 
-def _body(matrices: Sequence[Bank], biases: Sequence[Bank], width: int) -> Body | None:
+def _bodies(matrices: Sequence[Bank], biases: Sequence[Bank], width: int) -> Iterator[Body]:
+    """These matrices with every way to give them the biases, those of the products in front in order of use."""
     first, last = matrices[0], matrices[-1]
     up = matrices[1] if len(matrices) == 3 else None
     (rows, inputs), (outputs, hidden) = shape_of(first), shape_of(last)
     if inputs != width or outputs != width or (up is not None and shape_of(up) != shape_of(first)):
-        return None
+        return
     if hidden not in ((rows,) if up is not None else (rows, rows // 2)):
-        return None
-    if not biases:
-        return Body(first, last, up)
-    ins = [bank for bank in biases if shape_of(bank) == (rows,)]
-    outs = [bank for bank in biases if shape_of(bank) == (outputs,) and not any(bank is one for one in ins)]
-    needed = 1 if up is None else 2
-    if len(ins) + len(outs) != len(biases) or len(ins) > needed or len(outs) > 1:
-        return None
-    ins += [None] * (2 - len(ins))  # type: ignore[list-item]
-    return Body(first, last, up, ins[0], outs[0] if outs else None, ins[1])
+        return
+    for count in range(min(len(biases), 1 if up is None else 2) + 1):
+        for ins in combinations(range(len(biases)), count):
+            outs = [bank for i, bank in enumerate(biases) if i not in ins]
+            fits = all(shape_of(biases[i]) == (rows,) for i in ins) and all(shape_of(b) == (outputs,) for b in outs)
+            if fits and len(outs) < 2:
+                b_in, b_up = [*(biases[i] for i in ins), None, None][:2]
+                yield Body(first, last, up, b_in, outs[0] if outs else None, b_up)

@@ -88,7 +88,11 @@ def candidate_of(flow: Flow, read: Constants, choices: tuple[Any, ...]) -> Candi
         return candidate
     # A later layer's weights lie behind the joins as well; the nearest join that has enough of them decides.
     for index, join in enumerate(joins):
-        found = expert_weights(flow.region(choice, join), read, 2)
+        region = flow.region(choice, join)
+        if any(node.op_type in ("MoE", "QMoE") for node in region):
+            candidate.reason = "what it chooses goes into an op that chooses by itself"
+            return candidate
+        found = expert_weights(region, read, 2)
         if len(found.matrices) in (2, 3):
             candidate.found = found
             candidate.ys = [v for node in joins[index : index + MOST_JOINS] for v in node.outputs if is_float(v)]
@@ -123,7 +127,8 @@ def _gather_values(flow: Flow, candidate: Candidate, end: Any) -> None:
 
 
 def is_float(value: Any) -> bool:
-    return value.dtype is not None and value.dtype.name in FLOATS and bool(value.name)
+    """Whether a value may be of floating point; graphs with ops that ONNX does not know lack types."""
+    return bool(value.name) and (value.dtype is None or value.dtype.name in FLOATS)
 
 
 def _may_end(value: Any, widths: Iterable[int]) -> bool:

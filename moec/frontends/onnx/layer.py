@@ -26,6 +26,14 @@ dense: not at all, there is one expert.
 """
 
 
+DTYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+
+
+def element(run: Run, value: Any) -> str:
+    """The element type of a value in the IR's words; a graph does not always say it."""
+    return DTYPES[str(run[value.name].dtype)]
+
+
 @dataclass(frozen=True)
 class Router:
     """What an op that takes logits does with them: softmax, the K largest, and their weights over all or over those."""
@@ -53,6 +61,10 @@ class Layer:
     """x and routing, and pairs of values that were equal to them in every run: y may be computed from any of these."""
     scores: Any = None
     """What the experts are chosen by, in front of the first choice."""
+    bar: float = 0.0
+    """How far the original itself may be off, where it rounds."""
+    doubt: str = ""
+    """A defect of some releases of ONNX Runtime that the original meets, with its name in brackets."""
     kept: str = ""
     """Why the layer stays as it is unless something else is asked for."""
 

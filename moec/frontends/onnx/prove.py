@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from moec.frontends.onnx.candidates import Candidate
-from moec.frontends.onnx.layer import Form, Layer, Left, Run
-from moec.frontends.onnx.solve import Recorded, Solution, activated, lift, loose, near, project, solve
-
-DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16"}
+from moec.frontends.onnx.layer import Form, Layer, Left, Run, element
+from moec.frontends.onnx.solve import Recorded, Solution, activated, in_words, lift, loose, near, project, solve
 
 
 def prove(candidate: Candidate, runs: Sequence[Run]) -> Layer | Left:
@@ -29,20 +27,20 @@ def prove(candidate: Candidate, runs: Sequence[Run]) -> Layer | Left:
     solution = solve(recorded[0], candidate.found)
     if solution is None:
         return Left(candidate.name, "no reading of its weights and activations gives the recorded values")
-    if not all(_holds(solution, one) for one in recorded[1:]):
+    if not all(fits(solution, one) for one in recorded[1:]):
         return Left(candidate.name, "what fits one run does not fit another")
     ids = torch.cat([one.ids.flatten() for one in recorded])
     experts = len(solution.body.w_in)
     if int(ids.max()) >= experts or int(ids.min()) < 0:
         return Left(candidate.name, f"it chooses numbers outside its {experts} experts")
-    return _layer(candidate, solution, recorded)
+    return _layer(candidate, solution, recorded, runs[0])
 
 
-def _layer(candidate: Candidate, solution: Solution, recorded: Sequence[Recorded]) -> Layer:
+def _layer(candidate: Candidate, solution: Solution, recorded: Sequence[Recorded], run: Run) -> Layer:
     values = {v.name: v for v in (*candidate.xs, *candidate.weights, *candidate.ys)}
     x, k = values[solution.x], recorded[0].ids.shape[1]
     routing = None if solution.weights is None else values[solution.weights]
-    dtypes = DTYPES[x.dtype.name], DTYPES[(x if routing is None else routing).dtype.name]
+    dtypes = element(run, x), element(run, x if routing is None else routing)
     region, weights = lift(f"experts.{candidate.name}", solution, k, *dtypes)
     xs = _alike(solution.x, [one.xs for one in recorded])
     form: Form = "slots" if solution.weights is None else recorded[0].forms[solution.weights]
@@ -73,11 +71,11 @@ FORMS = {
 
 
 def _evidence(candidate: Candidate, solution: Solution, recorded: Sequence[Recorded], form: Form) -> tuple[str, ...]:
-    at, experts, k = solution.activation, len(solution.body.w_in), recorded[0].ids.shape[1]
+    experts, k = len(solution.body.w_in), recorded[0].ids.shape[1]
     ops = " and ".join(choice.op_type for choice in candidate.choices)
     return (
         f"{experts} experts, {k} of them for each token, chosen by {ops}",
-        f"{at.fn}, {at.layout}" + (f", clamped at {at.limit:g}" if at.limit else ""),
+        in_words(solution.activation),
         f"proved by value on {len(recorded)} runs, {sum(one.ids.shape[0] for one in recorded)} tokens",
         *([FORMS[form]] if form in FORMS else []),
     )
@@ -105,7 +103,8 @@ def recorded_of(candidate: Candidate, run: Run) -> Recorded:
         if found is not None:
             weights[value.name], forms[value.name] = found
     ys = _rows(candidate.ys, run, tokens, own_width=False)
-    return Recorded(ids, xs, weights, ys, forms, loose([*candidate.xs, *candidate.ys]))
+    bar = loose(run[name] for name in (*xs, *ys))
+    return Recorded(ids, xs, weights, ys, forms, bar)
 
 
 def _chosen(candidate: Candidate, run: Run) -> torch.Tensor:
@@ -125,7 +124,7 @@ def _rows(values: Sequence[Any], run: Run, tokens: int, *, own_width: bool) -> d
     found = {}
     for value in values:
         array = run.get(value.name)
-        if array is None or not array.size or array.size % tokens:
+        if array is None or array.dtype.kind != "f" or not array.size or array.size % tokens:
             continue
         if not own_width or array.size == tokens * array.shape[-1]:
             found[value.name] = tensor(array).reshape(tokens, -1).float()
@@ -134,7 +133,7 @@ def _rows(values: Sequence[Any], run: Run, tokens: int, *, own_width: bool) -> d
 
 def _weights(array: Any, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, Form] | None:
     """The weight of each choice, [T, K], and how a value holds it."""
-    if array is None or not array.size or not array.ndim:
+    if array is None or array.dtype.kind != "f" or not array.size or not array.ndim:
         return None
     tokens, k = ids.shape
     if array.size == tokens * k:
@@ -152,7 +151,8 @@ def tensor(array: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _holds(solution: Solution, one: Recorded) -> bool:
+def fits(solution: Solution, one: Recorded) -> bool:
+    """Whether a solution of one run gives the values of another."""
     body, at = solution.body, solution.activation
     if solution.x not in one.xs or solution.y not in one.ys:
         return False

@@ -5,16 +5,19 @@ T tokens, K experts per token, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.frontends.onnx.candidates import NEAR, Candidate, candidates
+from moec.frontends.onnx.candidates import CHOICES, NEAR, candidates
 from moec.frontends.onnx.constants import Constants
-from moec.frontends.onnx.flow import Flow
+from moec.frontends.onnx.dense import ffns, prove_ffn
+from moec.frontends.onnx.flow import Flow, graphs_of
 from moec.frontends.onnx.layer import Feeds, Layer, Left, Run
+from moec.frontends.onnx.moe_ops import DOMAIN, MATRICES, moe_nodes, prove_node
 from moec.frontends.onnx.prove import prove
 
+Prover = Callable[[Any, Sequence[Run]], Layer | Left]
 # Recorded values of all runs that are held at once, in bytes.
 MOST_BYTES = 1 << 28
 
@@ -32,22 +35,44 @@ def read(model: Any, feeds: Feeds, session_of: Any) -> Reading:
     """The layers of a graph. `feeds` are inputs to run it on, the one to solve first; `session_of(model)` runs it."""
     constants = Constants(model, session_of)
     flow = Flow(model.graph, constants)
-    layers: list[Layer] = []
-    left: list[tuple[Candidate, Left]] = []
-    runs = [dict(feed) for feed in feeds]
-    for group in _groups(candidates(flow, constants)):
-        found = record(model, _wanted(group), feeds, session_of)
-        for candidate in group:
-            proved = prove(candidate, found)
+    found = Reading([], list(_within(model.graph)), [dict(feed) for feed in feeds])
+    left = _read(found, model, candidates(flow, constants), prove, feeds, session_of)
+    nodes = moe_nodes(model.graph)
+    wrong = _read(found, model, nodes, lambda one, runs: prove_node(one, constants, runs), feeds, session_of)
+    parts = _parts(flow, found.layers)
+    found.left += [why for one, why in left if not parts.intersection(flow.place[choice] for choice in one.choices)]
+    found.left += [why for _, why in wrong]
+    free = [one for one in ffns(model.graph, constants) if flow.place[one.down] not in parts]
+    # Products that are no FFN are nobody's concern.
+    _read(found, model, free, lambda one, runs: prove_ffn(one, constants, runs), feeds, session_of)
+    return found
+
+
+def _read(
+    found: Reading, model: Any, subjects: Iterable[Any], prover: Prover, feeds: Feeds, session_of: Any
+) -> list[tuple[Any, Left]]:
+    """Add what is proved to the layers; what is not, with the reasons."""
+    left = []
+    for group in _groups(subjects):
+        runs = record(model, _wanted(group), feeds, session_of)
+        for subject in group:
+            proved = prover(subject, runs)
             if isinstance(proved, Left):
-                left.append((candidate, proved))
-            else:
-                layers.append(proved)
-                for kept, run in zip(runs, found, strict=True):
-                    kept.update({v.name: run[v.name] for v in _kept(proved) if v.name in run})
-    parts = _parts(flow, layers)
-    reasons = [one for c, one in left if not parts.intersection(flow.place[choice] for choice in c.choices)]
-    return Reading(layers, reasons, runs)
+                left.append((subject, proved))
+                continue
+            found.layers.append(proved)
+            for kept, run in zip(found.runs, runs, strict=True):
+                kept.update({v.name: run[v.name] for v in _kept(proved) if v.name in run})
+    return left
+
+
+def _within(graph: Any) -> Iterator[Left]:
+    """Choices in graphs that nodes run, which are not read."""
+    for node in graph:
+        for inner in graphs_of(node):
+            for one in inner.all_nodes():
+                if one.op_type in CHOICES or (one.domain == DOMAIN and one.op_type in MATRICES):
+                    yield Left(str(one.name or one.outputs[0].name), f"it is in a graph of {node.op_type}: not read")
 
 
 def _kept(layer: Layer) -> list[Any]:
@@ -56,9 +81,9 @@ def _kept(layer: Layer) -> list[Any]:
     return [value for value in values if value is not None]
 
 
-def _groups(found: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-    """Candidates whose values are recorded together; a value's size is guessed from what is known of it."""
-    group: list[Candidate] = []
+def _groups(found: Iterable[Any]) -> Iterator[list[Any]]:
+    """Subjects whose values are recorded together; a value's size is guessed from what is known of it."""
+    group: list[Any] = []
     total = 0
     for candidate in found:
         size = 0 if candidate.reason else sum(map(_guess, candidate.values))
@@ -79,7 +104,7 @@ def _guess(value: Any) -> int:
     return total
 
 
-def _wanted(group: Sequence[Candidate]) -> list[Any]:
+def _wanted(group: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(v for c in group if not c.reason for v in c.values if v.name))
 
 
@@ -87,6 +112,9 @@ def _parts(flow: Flow, layers: Sequence[Layer]) -> set[int]:
     """Places of nodes that belong to a proved layer: sorting inside of it, choosing groups of experts before it."""
     found: set[int] = set()
     for layer in layers:
+        if layer.form == "logits":
+            node = layer.y.producer()
+            found.update(i for i in flow.before(node) if i >= flow.place[node] - 2 * NEAR)
         for choice in (value.producer() for value in layer.ids):
             found.update(flow.before(layer.y.producer()) - flow.before(choice))
             found.update(i for i in flow.before(choice) if i >= flow.place[choice] - NEAR)

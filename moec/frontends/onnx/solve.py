@@ -24,12 +24,13 @@ FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
 }
 LAYOUTS = ("concat", "concat_up_first", "interleaved", "interleaved_up_first")
 LOOSE = 1e-4
 # Tokens that hypotheses are tried on first.
 FEW = 6
-LOW = {"FLOAT16": 5e-3, "BFLOAT16": 4e-2}
+LOW = {"float16": 5e-3, "bfloat16": 4e-2}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Activation:
     alpha: float = 1.0
     limit: float | None = None
     up_shift: float = 0.0
+
+
+def in_words(at: Activation) -> str:
+    """For a report."""
+    return f"{at.fn}, {at.layout}" + (f", clamped at {at.limit:g}" if at.limit else "")
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,9 @@ def activated(h: torch.Tensor, up: torch.Tensor | None, at: Activation) -> torch
     return a if up is None else a * (up + at.up_shift)
 
 
-def loose(values: Iterable[Any]) -> float:
-    """How near values of the graph's types can be."""
-    return max((LOW.get(value.dtype.name, LOOSE) for value in values), default=LOOSE)
+def loose(arrays: Iterable[Any]) -> float:
+    """How near values of these types can be."""
+    return max((LOW.get(str(array.dtype), LOOSE) for array in arrays), default=LOOSE)
 
 
 def near(mine: torch.Tensor, theirs: torch.Tensor, bar: float = LOOSE) -> bool:

@@ -128,6 +128,26 @@ def _moec_packed(layer: Layer) -> Call:
     return lambda *given: run(*given)[0]
 
 
+def _moec_list(layer: Layer) -> Call:
+    """Experts that lie apart, as in a list of modules; copies them, as the layer's own lie side by side."""
+    shape, dtype = layer.shape, {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+    listed = nn.Module()
+    views = {}
+    for name in ("first", "second"):
+        weights = layer.get_parameter(name)
+        found = []
+        for e, w in enumerate(weights):
+            # Gaps of different sizes, so that no one stride leads from expert to expert.
+            room = torch.empty(w.numel() + 64 * (1 + e % 3), dtype=w.dtype, device=w.device)
+            apart = room[: w.numel()].view(w.shape).copy_(w)
+            listed.register_parameter(f"{name}{e}", nn.Parameter(apart, requires_grad=False))
+            found.append(View(f"{name}{e}", 0, tuple(w.shape), apart.stride()))
+        views[name] = tuple(found)
+    element = dtype[layer.get_parameter("first").dtype]
+    run = load_backend("triton").build(region(shape, element), WeightStore(listed, views), {})
+    return lambda *given: run(*given)[0]
+
+
 def _transformers(name: str, compiled: str = "") -> Callable[[Layer], Call]:
     def make(layer: Layer) -> Call:
         if find_spec("transformers") is None:
@@ -195,6 +215,7 @@ def _vllm(layer: Layer) -> Call:
 REGISTRY: dict[str, Callable[[Layer], Call]] = {
     "moec": _moec,
     "moec packed": _moec_packed,
+    "moec list": _moec_list,
     "eager": _transformers("eager"),
     "batched_mm": _transformers("batched_mm"),
     "grouped_mm": _transformers("grouped_mm"),

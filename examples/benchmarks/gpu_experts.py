@@ -37,6 +37,8 @@ LAYERS = (
     "E256k8D7168F2048",
     "E64k1D768F3072-relu-plain",
 )
+REST = 0.3
+"""Seconds without work before each measurement."""
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -92,7 +94,12 @@ class Limits:
 
 
 def repeated(go: Callable[[], object], least: float = 2e4, rounds: int = 5) -> float:
-    """Microseconds a call: the median of rounds of at least `least` microseconds each."""
+    """Microseconds a call: the median of rounds of at least `least` microseconds each, from a rested GPU on.
+
+    A GPU that has worked at its power limit for a while slows down by a quarter; whoever comes next must not pay.
+    """
+    torch.cuda.synchronize()
+    time.sleep(REST)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def once(times: int) -> float:
@@ -185,7 +192,8 @@ def run_layer(shape: Shape, arguments: argparse.Namespace, limits: Limits, step:
     points = []
     for tokens in arguments.tokens:
         step(f"{shape} T={tokens}")
-        batches = make_inputs(shape, dtype, tokens, 8 if tokens <= 64 else 3)
+        # In turn, so that what one call read is not in the cache for the next; large ones need no turns for that.
+        batches = make_inputs(shape, dtype, tokens, 8 if tokens <= 64 else 3 if tokens <= 1024 else 1)
         point = Point(str(shape), arguments.dtype, tokens, limits.floor(shape, batches, dtype.itemsize))
         point.left_out = dict(refused)
         for name, call in calls.items():

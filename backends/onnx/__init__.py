@@ -24,6 +24,9 @@ def why_not(device: torch.device) -> str:
     missing = [name for name in ("onnx", "onnx_ir", "onnxruntime") if find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} cannot be imported (pip install 'moec[onnx]')"
-    if device.type != "cpu":
-        return f"the layers are on {device.type}, and it runs layers on the CPU"
-    return ""
+    from moec.backends.onnx.providers import check_installed, why_no_cuda
+
+    check_installed()
+    if device.type == "cuda":
+        return why_no_cuda()
+    return "" if device.type == "cpu" else f"the layers are on {device.type}, and it runs on CPUs and NVIDIA GPUs"

@@ -96,7 +96,7 @@ class Emitter:
     def tensor(self, name: str, tensor: torch.Tensor) -> Any:
         """A weight as an initializer, which is read when the file is written. It may have any strides."""
         title = self.name(name)
-        return self._register(title, TorchTensor(tensor.detach().contiguous(), name=title))
+        return self._register(title, TorchTensor(tensor.detach().cpu().contiguous(), name=title))
 
     def lazy(self, name: str, make: Callable[[], Any], dtype: Any, shape: Sequence[int]) -> Any:
         """An initializer that `make` gives as an onnx-ir tensor each time it is read, and that nobody holds."""

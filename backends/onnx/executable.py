@@ -1,4 +1,4 @@
-"""A region that runs in ONNX Runtime, on the CPU, from and into torch's own memory."""
+"""A region that runs in ONNX Runtime, on the CPU or a GPU, from and into torch's own memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import onnxruntime
 import torch
 
 from moec.backendbase import Weights
-from moec.backends.onnx.emitter import DTYPES
-from moec.backends.onnx.lower import region_model
-from moec.backends.onnx.runtime import run, session, weight_bytes
+from moec.backends.onnx.bound import run_bound
+from moec.backends.onnx.lower import held_weights, region_model
+from moec.backends.onnx.providers import CPU, CUDA
+from moec.backends.onnx.runtime import session, weight_bytes
 from moec.backends.reference.dtypes import DTYPES as TORCH_DTYPES
 from moec.backends.reference.inputs import Inputs
 from moec.ir import Region
@@ -42,39 +43,18 @@ class OrtExecutable:
         """The region's outputs. Raises MOEC404 and MOEC109 for inputs that do not fit, MOEC405 for weights."""
         sizes = self._inputs.check(inputs)
         held = self._current()
-        shapes = [value.type.evaluate(sizes) for value in self._region.outputs]
+        device = inputs[0].device if inputs else torch.device("cpu")
         outputs = [
-            torch.empty(shape, dtype=TORCH_DTYPES[value.type.dtype])
-            for value, shape in zip(self._region.outputs, shapes, strict=True)
+            torch.empty(value.type.evaluate(sizes), dtype=TORCH_DTYPES[value.type.dtype], device=device)
+            for value in self._region.outputs
         ]
         given = [
-            x.detach().to(TORCH_DTYPES[value.type.dtype]).contiguous()
+            (value.name, x.detach().to(TORCH_DTYPES[value.type.dtype]).contiguous())
             for value, x in zip(self._region.inputs, inputs, strict=True)
         ]
-        if all(tensor.numel() for tensor in (*given, *outputs)):
-            self._run(held.session, given, outputs)
-            return tuple(outputs)
-        return self._run_empty(held.session, given, outputs)
-
-    def _run(self, session: Any, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        binding = session.io_binding()
-        for value, tensor in zip(self._region.inputs, given, strict=True):
-            binding.bind_input(
-                value.name, "cpu", 0, int(DTYPES[value.type.dtype]), tuple(tensor.shape), tensor.data_ptr()
-            )
-        for value, tensor in zip(self._region.outputs, outputs, strict=True):
-            name, kind = f"out:{value.name}", int(DTYPES[value.type.dtype])
-            binding.bind_output(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
-        session.run_with_iobinding(binding)
-
-    def _run_empty(
-        self, session: Any, given: list[torch.Tensor], outputs: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
-        """Without tokens: what has no elements has no address to bind."""
-        if any(tensor.dtype == torch.bfloat16 for tensor in given):  # which numpy does not have
-            return tuple(torch.zeros_like(output) for output in outputs)
-        found = run(session, given)
-        return tuple(one.to(output.dtype) for one, output in zip(found, outputs, strict=True))
+        names = [f"out:{value.name}" for value in self._region.outputs]
+        run_bound(held.session, given, list(zip(names, outputs, strict=True)))
+        return tuple(outputs)
 
     @property
     def nbytes_packed(self) -> int:
@@ -87,7 +67,8 @@ class OrtExecutable:
         counts = {kind: held.nodes.count(kind) for kind in dict.fromkeys(held.nodes)}
         listed = ", ".join(f"{number} {kind}" for kind, number in counts.items())
         copy = f"a copy of {held.nbytes:,} bytes of weights, made anew when they change"
-        return f"ONNX Runtime {onnxruntime.__version__} on the CPU: {listed}\n{copy}"
+        where = "the GPU" if CUDA in held.session.get_providers() else "the CPU"
+        return f"ONNX Runtime {onnxruntime.__version__} on {where}: {listed}\n{copy}"
 
     def refresh(self) -> None:
         """Copy the weights anew, after writes that `weights.version()` does not see (`p.data`)."""
@@ -102,9 +83,15 @@ class OrtExecutable:
                 self._held = self._make()
             return self._held
 
+    def _providers(self) -> list[Any]:
+        """CUDA's on the GPU that holds the weights, with fp32 left whole."""
+        held = [weight[0] for weight in held_weights(self._region, self._store).values() if len(weight)]
+        gpus = sorted(weight.device.index or 0 for weight in held if weight.device.type == "cuda")
+        return [(CUDA, {"device_id": str(gpus[0]), "use_tf32": "0"}), CPU] if gpus else [CPU]
+
     def _make(self) -> Held:
         # Read first: a write during the copying then shows as another version on the next call.
         version = self._store.version()
         model = region_model(self._region, self._store)
-        made = session(model, threads=torch.get_num_threads())
+        made = session(model, threads=torch.get_num_threads(), providers=self._providers())
         return Held(version, made, weight_bytes(model), tuple(node.op_type for node in model.graph))

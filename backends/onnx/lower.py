@@ -55,7 +55,15 @@ def lower(
         low.define(node.results, LOWERINGS[type(node.op)](node.op, low))
         if isinstance(node.op, Route):
             low.chosen.add(node.results[1].name)
+            if _sums_to_one(node.op):
+                low.sums_to_one.add(node.results[0].name)
     return [low.value(value) for value in region.outputs]
+
+
+def _sums_to_one(op: Route) -> bool:
+    """Whether each token's weights do, whatever the logits."""
+    normalized = op.normalize == "sum" and op.eps == 0
+    return op.scale == 1 and (normalized or (op.score == "softmax_chosen" and op.normalize == "none"))
 
 
 def check(region: Region) -> None:

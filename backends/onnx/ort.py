@@ -11,7 +11,7 @@ from moec.ir import Op, Region
 
 
 class OnnxRuntime:
-    """Runs regions in ONNX Runtime on the CPU, by the lowerings that `moec export` writes."""
+    """Runs regions in ONNX Runtime, on the CPU or a GPU, by the lowerings that `moec export` writes."""
 
     name = "onnxruntime"
 

@@ -24,7 +24,7 @@ def stacked(emit: Emitter, name: str, experts: Sequence[Matrix], dtype: str) -> 
     """[E, N, C] or [E, N] in an element type of the IR."""
 
     def make() -> Any:
-        return TorchTensor(torch.stack([one().detach().to(TORCH_DTYPES[dtype]) for one in experts]))
+        return TorchTensor(torch.stack([one().detach().to(TORCH_DTYPES[dtype]).cpu() for one in experts]))
 
     return emit.lazy(name, make, DTYPES[dtype], (len(experts), *experts[0]().shape))
 
@@ -38,7 +38,7 @@ def rounded_in_blocks(
         return ir.Tensor(np.stack([pack(one(), scale_of(one()), bits) for one in experts]))
 
     def make_scales() -> Any:
-        return TorchTensor(torch.stack([scale_of(one()) for one in experts]))
+        return TorchTensor(torch.stack([scale_of(one()).cpu() for one in experts]))
 
     def scale_of(matrix: torch.Tensor) -> torch.Tensor:
         return scales(matrix, bits, block).to(TORCH_DTYPES[dtype])
@@ -63,4 +63,4 @@ def pack(matrix: torch.Tensor, factors: torch.Tensor, bits: int) -> Any:
     q = ((parts / whole).round().clamp(-most, most) + most + 1).to(torch.uint8).flatten(1)
     if bits == 4:
         q = q[:, 0::2] | (q[:, 1::2] << 4)
-    return q.numpy()
+    return q.cpu().numpy()

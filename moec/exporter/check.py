@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moec.backendbase import Weights, load_backend
+from moec.backends.onnx.bound import run_bound
 from moec.backends.onnx.form import Form
 from moec.backends.onnx.lower import region_model
 from moec.backends.onnx.providers import CPU
@@ -66,12 +67,12 @@ def check_region(
     except Exception as error:  # ONNX Runtime's errors have no common class
         check.why = f"ONNX Runtime does not load it: {str(error).strip().splitlines()[0][:200]}"
         return check
-    numpyless = region.inputs[0].type.dtype == "bf16"
-    executable = load_backend("onnxruntime").build(region, weights, {}) if numpyless else None
+    names = [value.name for value in region.inputs], [f"out:{value.name}" for value in region.outputs]
     for label, inputs in region_probes(region, nonnegative=form.experts != "sorted"):
         theirs = judge(*inputs)
         try:
-            mine = executable(*inputs) if executable is not None else run(runtime, inputs)
+            mine = [torch.empty_like(one) for one in theirs]
+            run_bound(runtime, list(zip(names[0], inputs, strict=True)), list(zip(names[1], mine, strict=True)))
         except Exception as error:  # ONNX Runtime's errors have no common class
             check.why = check.why or f"{label}: {str(error).splitlines()[0][:200]}"
             return check

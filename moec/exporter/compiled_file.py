@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.backends.onnx.providers import fast_providers
 from moec.backends.onnx.runtime import as_array, session
 from moec.environment import machine, versions
 from moec.errors import MoecError
@@ -66,7 +67,7 @@ def compile_file(path: Path, *, backend: str = "auto", quantize: str | None = No
     start = time.perf_counter()
     with show_progress("compile") as say:
         made = rewrite(path, settings, report, say)
-        runtime = session(made.model, threads=torch.get_num_threads())
+        runtime = session(made.model, threads=torch.get_num_threads(), providers=fast_providers(settings.target))
     report.opset = made.model.opset_imports[""]
     report.versions, report.machine = versions(), machine()
     report.seconds = time.perf_counter() - start

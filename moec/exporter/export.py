@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moec.backends.onnx.own_moe import DOMAIN
-from moec.backends.onnx.providers import CPU, CUDA, check_installed, why_no_cuda
+from moec.backends.onnx.providers import CPU, CUDA, check_installed, fast_providers, why_no_cuda
 from moec.backends.onnx.runtime import as_array, session
 from moec.bench import Effort, compare
 from moec.environment import machine, versions
@@ -74,8 +74,9 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
     start = time.perf_counter()
     with show_progress("export") as say:
         made = rewrite(source, settings, report, say)
-        after = session(made.model, threads=torch.get_num_threads(), spinning=True)
-        before = session(source, threads=torch.get_num_threads(), spinning=True)
+        where = fast_providers(settings.target)
+        after = session(made.model, threads=torch.get_num_threads(), spinning=True, providers=where)
+        before = session(source, threads=torch.get_num_threads(), spinning=True, providers=where)
         for count in settings.tokens:
             feed = sized(made.model, count)
             pair = compare(runner(before, feed), runner(after, feed), Effort(seconds=settings.seconds))
@@ -151,7 +152,8 @@ def _load(
     """How long loading takes and how much memory a run needs; the session."""
     before = _resident()
     start = time.perf_counter()
-    runtime = session(path, threads=torch.get_num_threads(), spinning=True)
+    providers = fast_providers(report.target)
+    runtime = session(path, threads=torch.get_num_threads(), spinning=True, providers=providers)
     report.load_seconds = time.perf_counter() - start
     call(runtime, feed)()
     report.memory_bytes = max(0, _resident() - before)

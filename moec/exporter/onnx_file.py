@@ -17,6 +17,7 @@ import torch
 from moec.backends.onnx import defects
 from moec.backends.onnx.emitter import Emitter
 from moec.backends.onnx.lower import lower
+from moec.backends.onnx.providers import CPU, providers_of
 from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
 from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
@@ -180,7 +181,7 @@ def _check(
     report: ExportReport,
 ) -> None:
     """Both files on the same inputs: their outputs, and the experts that their routers choose. Raises MOEC704."""
-    runtime = _with_outputs(model, chosen)
+    runtime = _with_outputs(model, chosen, providers_of(settings.target))
     computed = [output.dtype for node in model.graph for output in node.outputs if output.dtype is not None]
     low = max((LOW_MODEL_BARS.get(dtype.name, 0.0) for dtype in computed), default=0.0)
     check = Check(bar=float("inf") if settings.quantize else max(MODEL_BAR, low), loose=10.0)
@@ -200,14 +201,14 @@ def _check(
         raise MoecError("MOEC704", f"the whole file differs: {check.why}", hint="nothing was written")
 
 
-def _with_outputs(model: Any, names: Sequence[str]) -> Any:
+def _with_outputs(model: Any, names: Sequence[str], providers: Sequence[Any] = (CPU,)) -> Any:
     """A session that also gives these values."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     outputs = model.graph.outputs
     count = len(outputs)
     outputs.extend(values[name] for name in names)
     try:
-        return session(model)
+        return session(model, providers=providers)
     finally:
         del outputs[count:]
 

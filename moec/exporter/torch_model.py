@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moec.backendbase import load_backend
+from moec.backends.onnx.providers import providers_of
 from moec.backends.onnx.runtime import session
 from moec.compiler import compile_layer
 from moec.errors import MoecError
@@ -240,7 +241,7 @@ def _check_whole(
         probes = [("the given shape", written.tensors), *probes]
     graph.outputs.extend(dict.fromkeys(value for value in routed.values() if value not in graph.outputs))
     try:
-        runtime = session(written.model)
+        runtime = session(written.model, providers=providers_of(settings.target))
     finally:
         del graph.outputs[outputs:]
     check, more = check_model(

@@ -1,0 +1,364 @@
+"""ONNX Runtime's CUDA provider: which of its MoE ops are right here, and what moec writes beside nodes built by hand.
+
+Four parts: the cases of `moec doctor`; layers of several routers and activations as moec writes them against a plain
+evaluation; one layer as moec writes it (router in plain ops, logarithms of its weights) beside MoE and QMoE nodes built
+by hand, which take the router's logits, and beside the portable form; a small Mixtral exported by torch and by moec.
+
+    python examples/benchmarks/onnx_gpu.py [--layers E8k2D4096F14336 ...] [--tokens 1 32 256 1024] [--json FILE]
+                                           [--skip doctor parity layers model compile] [--seconds 0.4]
+
+Needs `moec[onnx-gpu]`, a GPU, and transformers for the last parts. T tokens, K experts per token, E experts, D model
+width, F expert width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from gpu_contestants import Layer, Shape, store
+
+import moec
+from moec.backends.onnx.bound import run_bound
+from moec.backends.onnx.emitter import DTYPES, OPSET, Emitter
+from moec.backends.onnx.form import EXACT, Form
+from moec.backends.onnx.lower import region_model
+from moec.backends.onnx.own_moe import DOMAIN
+from moec.backends.onnx.providers import CPU, CUDA, check_installed, why_no_cuda
+from moec.backends.onnx.runtime import session
+from moec.backends.onnx.stacks import rounded_in_blocks, stacked
+from moec.environment import machine, versions
+from moec.exporter.check import check_region
+from moec.ir import Builder, ExpertFfn, Region, Route, Tensor, Weight
+from moec.jsontext import dumps
+from moec.table import table
+
+LAYERS = ("E8k2D1024F3584", "E64k8D1024F512", "E8k2D4096F14336")
+PARTS = ("doctor", "parity", "layers", "model", "compile")
+KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "silu": {"fn": "silu", "layout": "concat"},
+    "gpt-oss": {"fn": "silu", "layout": "interleaved", "alpha": 1.702, "limit": 7.0, "up_shift": 1.0},
+    "relu": {"fn": "relu", "layout": "none"},
+}
+QMOE = {bits: Form(experts="qmoe", bits=bits, block=64 if bits == 4 else 128, cuda=True) for bits in (8, 4)}
+
+
+def region(shape: Shape, dtype: str, *, routed: bool, **at: Any) -> Region:
+    """The experts alone, over ids and weights; or with a softmax router in front of them, over logits."""
+    b = Builder("layer")
+    x = b.input("x", Tensor.of(dtype, "T", shape.d))
+    if routed:
+        logits = b.input("logits", Tensor.of("f32", "T", shape.experts))
+        weights, ids = b.add_many(Route(logits, k=shape.k, score="softmax", normalize="sum"), ["weights", "ids"])
+    else:
+        ids = b.input("ids", Tensor.of("i32", "T", shape.k))
+        weights = b.input("weights", Tensor.of("f32", "T", shape.k))
+    rows = shape.f if at["layout"] == "none" else 2 * shape.f
+    first = b.add(Weight(ref="first", type=Tensor.of(dtype, shape.experts, rows, shape.d)))
+    second = b.add(Weight(ref="second", type=Tensor.of(dtype, shape.experts, shape.d, shape.f)))
+    return b.build(b.add(ExpertFfn(x, ids, weights, first, second, **at)))
+
+
+def doctor() -> list[dict[str, Any]]:
+    from moec.backends.onnx.defects_cuda import examine_cuda
+
+    found = examine_cuda()
+    rows = [[one.name, one.op, one.asks, one.status, one.found] for one in found]
+    print(table(["case", "op", "asks for", "is", "found"], rows))
+    return [vars(one) for one in found]
+
+
+def parity() -> list[dict[str, Any]]:
+    """Each activation and type as MoE and as QMoE on the CUDA provider, over routings that are easy to get wrong."""
+    found = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for name, at in ACTIVATIONS.items():
+            shape = Shape(6, 2, 256, 384, gated=at["layout"] != "none")
+            layer = Layer(shape, dtype, "cpu")
+            forms = [Form(experts="moe"), *(QMOE.values() if dtype != torch.float32 else ())]
+            for form in [*forms, EXACT]:
+                exact = region(shape, KINDS[dtype], routed=False, **at)
+                providers = [(CUDA, {"use_tf32": "0"}), CPU]
+                check = check_region(exact, exact, store(layer), form, 2e-6, providers)
+                title = "sorted rows" if form == EXACT else f"{form.experts} {form.bits if form.rounds_weights else ''}"
+                found.append(
+                    {"type": KINDS[dtype], "layer": name, "form": title, "error": check.max_error, "why": check.why}
+                )
+    rows = [[r["type"], r["layer"], r["form"], f"{r['error']:.1e}", r["why"] or "right"] for r in found]
+    print(table(["type", "layer", "form", "error", "found"], rows, right=["error"]))
+    return found
+
+
+def by_hand(layer: Layer, *, bits: int | None) -> Any:
+    """One MoE or QMoE node over x and logits, as its documentation writes it."""
+    shape = layer.shape
+    emit = Emitter("hand")
+    x, logits = (
+        ir.Value(name=name, shape=ir.Shape(["T", size]), type=ir.TensorType(DTYPES["f16"]))
+        for name, size in (("x", shape.d), ("logits", shape.experts))
+    )
+
+    def first(e: int) -> torch.Tensor:
+        return torch.stack(layer.get_parameter("first")[e].chunk(2), 1).flatten(0, 1)
+
+    def second(e: int) -> torch.Tensor:
+        return layer.get_parameter("second")[e]
+
+    banks = [[partial(one, e) for e in range(shape.experts)] for one in (first, second)]
+    at: dict[str, Any] = {"k": shape.k, "normalize_routing_weights": 1, "activation_type": "swiglu"}
+    at |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+    if bits is None:
+        w = [stacked(emit, name, bank, "f16") for name, bank in zip("io", banks, strict=True)]
+        y = emit.op("MoE", x, logits, w[0], None, w[1], domain=DOMAIN, **at)
+    else:
+        form = QMOE[bits]
+        q = [
+            rounded_in_blocks(emit, n, b, "f16", bits=bits, block=form.block) for n, b in zip("io", banks, strict=True)
+        ]
+        at |= {"expert_weight_bits": bits, "block_size": form.block, "weights_prepacked": 0}
+        y = emit.op("QMoE", x, logits, *q[0], None, *q[1], domain=DOMAIN, **at)
+    y.name, y.shape, y.type = "out:y", ir.Shape(["T", shape.d]), ir.TensorType(DTYPES["f16"])
+    opsets = {"": OPSET, **emit.domains}
+    graph = ir.Graph(
+        [x, logits], [y], nodes=emit.nodes, initializers=emit.initializers, opset_imports=opsets, name="hand"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    """Microseconds of each, medians of calls in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def layer_latency(text: str, tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """moec's files beside hand-built nodes in one run; errors against the layer in fp32, expert by expert."""
+    shape = Shape.parse(text)
+    layer = Layer(shape, torch.float16)
+    made: dict[str, Any] = {}
+    builders: dict[str, Callable[[], Any]] = {"MoE by hand": partial(by_hand, layer, bits=None)}
+    exact = region(shape, "f16", routed=True, **ACTIVATIONS["silu"])
+    builders["moec, MoE"] = lambda: region_model(exact, store(layer), form=Form(experts="moe"))
+    for bits in (8, 4):
+        builders[f"QMoE int{bits} by hand"] = partial(by_hand, layer, bits=bits)
+        builders[f"moec, QMoE int{bits}"] = lambda bits=bits: region_model(exact, store(layer), form=QMOE[bits])
+    if shape.d * shape.f < 4e6:
+        builders["moec, portable (fp32 products)"] = lambda: region_model(exact, store(layer))
+    found = []
+    for name, build in builders.items():
+        start = time.perf_counter()
+        try:
+            made[name] = session(build(), providers=[CUDA, CPU])
+            print(f"  {text}: {name}: written and loaded in {time.perf_counter() - start:.1f} s", flush=True)
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            found.append({"layer": text, "file": name, "failed": str(error).strip().splitlines()[0][:200]})
+            print(f"  {text}: {name}: {found[-1]['failed']}", flush=True)
+    for count in tokens:
+        x = torch.randn(count, shape.d, device="cuda", dtype=torch.float16)
+        logits = torch.randn(count, shape.experts, device="cuda")
+        theirs = expected(layer, x, logits)
+        calls, results = {}, {}
+        for name, one in made.items():
+            results[name] = torch.empty_like(x)
+            router = logits.half() if "by hand" in name else logits
+            output = one.get_outputs()[0].name
+            calls[name] = partial(run_bound, one, [("x", x), ("logits", router)], [(output, results[name])])
+        for name in list(calls):
+            try:
+                calls[name]()
+            except Exception as error:
+                found.append({"layer": text, "file": name, "failed": str(error).strip().splitlines()[0][:200]})
+                del calls[name]
+        for name, us in interleaved(calls, seconds).items():
+            error = float((results[name].float() - theirs).norm() / theirs.norm())
+            found.append({"layer": text, "tokens": count, "file": name, "us": us, "error": error})
+    return found
+
+
+def expected(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """x[T, D], logits[T, E] -> f32[T, D]."""
+    weights, ids = logits.softmax(-1).topk(layer.shape.k, -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros(x.shape, device=x.device)
+    for e in range(layer.shape.experts):
+        token, slot = torch.where(ids == e)
+        if len(token):
+            out.index_add_(0, token, layer.expert(e, x[token].float()) * weights[token, slot, None])
+    return out
+
+
+def layers(texts: Sequence[str], tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    found = []
+    for text in texts:
+        found += layer_latency(text, tokens, seconds)
+        torch.cuda.empty_cache()
+    timed = [one for one in found if "us" in one]
+    us = {(one["layer"], one["tokens"], one["file"]): one["us"] for one in timed}
+    rows = []
+    for one in timed:
+        rival = one["file"].replace("moec, ", "") + " by hand"
+        beside = us.get((one["layer"], one["tokens"], rival))
+        one["beside_hand"] = None if beside is None else one["us"] / beside
+        ratio = "" if beside is None else f"{one['us'] / beside:.2f}"
+        rows.append([one["layer"], str(one["tokens"]), one["file"], f"{one['us']:.0f}", ratio, f"{one['error']:.1e}"])
+    headers = ["layer", "tokens", "file", "us", "of the time by hand", "error"]
+    print(table(headers, rows, right=["tokens", "us", "of the time by hand", "error"]))
+    return found
+
+
+def mixtral() -> Any:
+    """Four layers of Mixtral with random weights and sure routers."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """A whole model: torch's own export of its batched experts beside moec's files for cuda."""
+    one = mixtral()
+    ids = torch.randint(3, 1000, (2, 16))
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        files = {"torch's export": partial(torch_export, one, ids)}
+        for quantize in (None, "int8"):
+            name = "moec, cuda" + (f", {quantize}" if quantize else "")
+            files[name] = partial(moec_export, one, ids, quantize)
+        made = {}
+        for name, write in files.items():
+            path = Path(folder) / f"{len(made)}" / "model.onnx"
+            path.parent.mkdir()
+            start = time.perf_counter()
+            try:
+                about = write(path)
+                made[name] = session(path, providers=[CUDA, CPU])
+                print(f"  {name}: {time.perf_counter() - start:.1f} s {about}", flush=True)
+            except Exception as error:  # torch's exporter and ONNX Runtime raise dozens of kinds
+                found.append({"file": name, "failed": str(error).strip().splitlines()[0][:300]})
+                print(f"  {name}: {found[-1]['failed']}", flush=True)
+        for count in tokens:
+            given = torch.randint(3, 1000, (1, count))
+            with torch.no_grad():
+                theirs = one(input_ids=given, use_cache=False).logits
+            feed = {"input_ids": given.numpy()}
+            calls = {name: partial(s.run, [s.get_outputs()[0].name], feed) for name, s in made.items()}
+            for name, us in interleaved(calls, seconds).items():
+                mine = torch.from_numpy(calls[name]()[0])
+                error = float((mine - theirs).norm() / theirs.norm())
+                found.append({"tokens": count, "file": name, "us": us, "error": error})
+    timed = [row for row in found if "us" in row]
+    rows = [[str(r["tokens"]), r["file"], f"{r['us']:.0f}", f"{r['error']:.1e}"] for r in timed]
+    print(table(["tokens", "file", "us", "error"], rows, right=["tokens", "us", "error"]))
+    return found
+
+
+def torch_export(one: Any, ids: torch.Tensor, path: Path) -> str:
+    one.set_experts_implementation("batched_mm")
+    dim = torch.export.Dim.DYNAMIC
+    wrapped = _Logits(one)
+    torch.onnx.export(
+        wrapped, (ids,), path, dynamo=True, verbose=False, input_names=["input_ids"], output_names=["logits"],
+        dynamic_shapes=({0: dim, 1: dim},), external_data=False,
+    )  # fmt: skip
+    one.set_experts_implementation("eager")
+    return ""
+
+
+class _Logits(torch.nn.Module):
+    """The model's logits alone."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids, use_cache=False).logits
+
+
+def moec_export(one: Any, ids: torch.Tensor, quantize: str | None, path: Path) -> str:
+    report = moec.export(one, path, {"input_ids": ids}, target="cuda", quantize=quantize)
+    written = sorted({layer.lowering for layer in report.rewritten})
+    tried = sorted({line for layer in report.rewritten for line in layer.tried})
+    return f"{written} {tried} error {report.whole_model_error:.1e}"
+
+
+def compiled() -> list[dict[str, Any]]:
+    """moec.compile with ONNX Runtime on the GPU, beside the model itself."""
+    one = mixtral().to("cuda")
+    given = {"input_ids": torch.randint(3, 1000, (2, 33), device="cuda")}
+    fast = moec.compile(one, example_inputs=given, backend="onnxruntime")
+    with torch.no_grad():
+        mine, theirs = fast(**given).logits, one(**given).logits
+    error = float((mine - theirs).norm() / theirs.norm())
+    print(f"  {len(fast.moec.report.compiled)} layers, error {error:.1e}; {fast.moec.report.layers[0].plan}")
+    return [{"layers": len(fast.moec.report.compiled), "error": error, "device": str(mine.device)}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 32, 256, 1024])
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each file and number of tokens")
+    parser.add_argument("--skip", nargs="*", choices=PARTS, default=[])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    check_installed()
+    if why_no_cuda():
+        sys.exit(f"nothing to measure: {why_no_cuda()}")
+    runs: dict[str, Callable[[], Any]] = {
+        "doctor": doctor,
+        "parity": parity,
+        "layers": lambda: layers(arguments.layers, arguments.tokens, arguments.seconds),
+        "model": lambda: model(arguments.tokens, arguments.seconds),
+        "compile": compiled,
+    }
+    results: dict[str, Any] = {"machine": machine(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
+    for name in PARTS:
+        if name in arguments.skip:
+            continue
+        print(f"\n{name}", flush=True)
+        start = time.perf_counter()
+        try:
+            results[name] = runs[name]()
+        except Exception:  # one part that fails leaves the others to run; it is reported, and the exit status says so
+            results[name] = {"failed": traceback.format_exc()}
+            print(results[name]["failed"], flush=True)
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(dumps(results), encoding="utf-8")
+    print(f"\n{results['gpu']}; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    sys.exit(any(isinstance(results.get(name), dict) for name in PARTS))
+
+
+if __name__ == "__main__":
+    main()

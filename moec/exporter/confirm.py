@@ -5,7 +5,7 @@ T tokens, K experts per token, E experts, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +46,31 @@ class Part:
         return tokens == self.tokens or not self.more
 
     def __call__(self, tensors: Tensors) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.ascontiguousarray(one)) for one in self.runtime.run(None, self.feed(tensors))]
+
+    def given(self, layer: Layer, inputs: Tensors) -> Tensors:
+        """Tensors in the order of the cut, of x, experts[T, K] and weights[T, K], of x and scores[T, E], or of x."""
+        if layer.form != "slots":
+            return inputs[: len(self.cut)]
+        several = [column.contiguous() for column in inputs[1].split(1, 1)] if len(layer.ids) > 1 else [inputs[1]]
+        return [inputs[0], *several, *([] if layer.routing is None else [inputs[2]])]
+
+    def feed(self, tensors: Tensors) -> dict[str, Any]:
+        """What to hand to ONNX Runtime, in the types and with the dimensions that the file has."""
         feed = {name: self.like[name] for name in self.more}
         for value, given in zip(self.cut, tensors, strict=True):
             like = self.like[value.name]
             shape = like.shape if given.numel() == like.size else (len(given), *like.shape[1:])
             feed[value.name] = given.numpy().reshape(shape).astype(like.dtype)
-        return [torch.from_numpy(np.ascontiguousarray(one)) for one in self.runtime.run(None, feed)]
+        return feed
 
 
 def confirm(model: Any, layer: Layer, run: Run) -> Check:
     """Routings and scales that the file itself would not meet; `run` has the recorded values of one run of it."""
     check = Check(bar=max(BAR, layer.bar, LOW_BARS.get(layer.region.inputs[0].type.dtype, 0.0)), loose=10.0)
-    outside = layer.form in ("gates", "places")
-    cut = {"dense": (layer.x,), "slots": (layer.x, *layer.ids, layer.routing), "logits": (layer.x, layer.routing)}
-    values = tuple(value for value in cut.get(layer.form, (layer.x, layer.scores)) if value is not None)
-    told = [*layer.ids, layer.routing] if outside else []
+    told = [*layer.ids, layer.routing] if layer.form in ("gates", "places") else []
     try:
-        part = _part(model, layer, values, [layer.y, *told], run)
+        part = part_of(model, layer, run, told)
     except Exception as error:  # onnx-ir raises what it likes for a part that is not one
         check.why = f"its part of the graph cannot be cut out: {str(error).splitlines()[0][:160]}"
         return check
@@ -73,8 +81,17 @@ def confirm(model: Any, layer: Layer, run: Run) -> Check:
     return check
 
 
-def _part(model: Any, layer: Layer, cut: tuple[Any, ...], outputs: list[Any], run: Run) -> Part:
-    """A model of what lies between. Raises what onnx-ir raises where nothing does."""
+def part_of(
+    model: Any, layer: Layer, run: Run, told: Sequence[Any] = (), runs_fast: Mapping[str, Any] | None = None
+) -> Part:
+    """A model of what lies between what a layer reads and what it gives; `told` are values to give besides,
+    `runs_fast` options of its session.
+
+    Raises what onnx-ir raises where nothing does.
+    """
+    cuts = {"dense": (layer.x,), "slots": (layer.x, *layer.ids, layer.routing), "logits": (layer.x, layer.routing)}
+    cut = tuple(value for value in cuts.get(layer.form, (layer.x, layer.scores)) if value is not None)
+    outputs = [layer.y, *told]
     reads = _reads(model, cut, outputs)
     graph = ir.convenience.extract(
         model.graph, inputs=[v.name for v in [*cut, *reads]], outputs=list(dict.fromkeys(v.name for v in outputs))
@@ -82,7 +99,13 @@ def _part(model: Any, layer: Layer, cut: tuple[Any, ...], outputs: list[Any], ru
     graph.opset_imports.update(model.opset_imports)
     tokens = run[layer.x.name].size // layer.width
     part = ir.Model(graph, ir_version=model.ir_version)
-    return Part(session(part), cut, run, tuple(value.name for value in reads), tokens)
+    return Part(
+        session(part, **(runs_fast or {})),
+        cut,
+        run,
+        tuple(value.name for value in reads),
+        tokens,
+    )
 
 
 def _reads(model: Any, cut: tuple[Any, ...], outputs: list[Any]) -> list[Any]:
@@ -160,12 +183,8 @@ def _distinct(ids: torch.Tensor, experts: int) -> torch.Tensor:
 
 
 def _compare(check: Check, label: str, layer: Layer, part: Part, judge: Any, inputs: Tensors) -> None:
-    given = list(inputs)
-    if layer.form == "slots":
-        several = [column.contiguous() for column in inputs[1].split(1, 1)] if len(layer.ids) > 1 else [inputs[1]]
-        given = [inputs[0], *several, *([] if layer.routing is None else [inputs[2]])]
     try:
-        found = part(given)
+        found = part(part.given(layer, inputs))
     except Exception as error:  # ONNX Runtime's errors have no common class
         check.why = check.why or f"{label}: {str(error).splitlines()[0][:160]}"
         return

@@ -29,6 +29,7 @@ from moec.exporter.lowerings import place
 from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.routed import facts_about, region_inputs
 from moec.exporter.settings import Settings
+from moec.exporter.slower import slower_alone
 from moec.frontends.onnx.layer import DTYPES, Layer, Run
 from moec.frontends.onnx.load import load
 from moec.frontends.onnx.read import read
@@ -57,8 +58,11 @@ class Made:
     outputs: list[Any]
 
 
-def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say) -> Rewritten:
-    """The file with its layers rewritten, checked. Raises MOEC601, 704, 705, 707 and 708."""
+def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, timed: bool = False) -> Rewritten:
+    """The file with its layers rewritten, checked. Raises MOEC601, 704, 705, 707 and 708.
+
+    `timed` times each layer alone, and leaves those that would be slower as they are.
+    """
     say("reading")
     model = load(path)
     try:
@@ -75,7 +79,7 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say) -> R
     for layer in found.layers:
         named = replace(layer, name=_path(layer))
         say(f"{named.name}: checking")
-        if _place(model, named, found.runs[0], settings, report):
+        if _place(model, named, found.runs[0], settings, report, timed=timed):
             rewritten += 1
             chosen += [value.name for value in named.ids]
     if not rewritten:
@@ -112,7 +116,7 @@ def _path(layer: Layer) -> str:
         return layer.name
 
 
-def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: ExportReport) -> bool:
+def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: ExportReport, *, timed: bool) -> bool:
     """Rewrite one layer in the graph, if everything about it holds."""
     told = ExportedLayer(name=layer.name, kind=layer.kind, status="left alone", evidence=layer.evidence)
     report.layers.append(told)
@@ -133,6 +137,9 @@ def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: Expor
     placed = place(layer.region, layer.weights, settings, told, 2e-6)
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
+    told.reason = slower_alone(model, layer, placed, run, settings) if timed else ""
+    if told.reason:
+        return False
     facts = facts_about(layer)
     _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts, run[layer.y.name])
     return True

@@ -162,9 +162,9 @@ def dequantized(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
     """q[E, N, C], scale[E, N] or [E, N, B], zero like scale -> f32[E, N, C]."""
     blocks = scale.unsqueeze(-1) if scale.dim() == 2 else scale
     size = -(-q.shape[-1] // blocks.shape[-1])
-    wide = blocks.repeat_interleave(size, -1)[..., : q.shape[-1]]
+    wide: torch.Tensor = blocks.repeat_interleave(size, -1)[..., : q.shape[-1]]
     if zero is None:
-        return (q.float() - 2 ** (bits - 1)) * wide
+        return (q.float() - (1 << bits - 1)) * wide
     points = zero.reshape(*zero.shape[:2], -1)[..., : blocks.shape[-1]].float()
     return (q.float() - points.repeat_interleave(size, -1)[..., : q.shape[-1]]) * wide
 

@@ -22,7 +22,7 @@ def row_of(order, row, real, K: tl.constexpr, GATHER: tl.constexpr):
     return row.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["at_order"], do_not_specialize_on_alignment=["dw"])
+@triton.jit(do_not_specialize=["at_order"])
 def weight_gradient(outs, ins, meta, dw, at_order,
                     K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
                     FROM: tl.constexpr, GATHER_OUTS: tl.constexpr, GATHER_INS: tl.constexpr,
@@ -30,7 +30,7 @@ def weight_gradient(outs, ins, meta, dw, at_order,
                     W_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """outs[.., OUTS] from column FROM on, ins[.., INS] -> dw[E, N, C], outs^T @ ins of each expert's rows.
-    Grid: E * (N / BM) * (C / BN)."""
+    Grid: E * (N / BM) * (C / BN). ALIGNED says whether 16 divides dw's address; compiled kernels differ by it."""
     DOWN: tl.constexpr = (N + BM - 1) // BM
     ACROSS: tl.constexpr = (C + BN - 1) // BN
     e = tl.program_id(0) // (DOWN * ACROSS)
@@ -49,10 +49,7 @@ def weight_gradient(outs, ins, meta, dw, at_order,
         at = ins + row_of(order, row, real, K, GATHER_INS)[:, None] * INS + c[None, :]
         b = tl.load(at, mask=real[:, None] & c_in[None, :], other=0.0)
         total = dot(tl.trans(a), b, total, PRECISION)
-    base = expert_base(dw, e, W_E, LISTED, W_DTYPE)
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-    at = base + n[:, None] * W_N + c[None, :] * W_C
+    at = expert_base(dw, e, W_E, LISTED, W_DTYPE) + n[:, None] * W_N + c[None, :] * W_C
     tl.store(at, total.to(W_DTYPE), mask=n_in[:, None] & c_in[None, :])
 
 

@@ -14,6 +14,9 @@ from moec.backends.triton.spec import Layer
 FALLBACK = Plan(TILES, Tile(16, 32, 64, 4, 3), Tile(16, 64, 64, 4, 3))
 """For few tokens: recording gradients groups them always."""
 
+FEW_ROWS = 128
+"""Rows per expert up to which writing a gradient takes longer than its sums: programs are kept small, to overlap."""
+
 
 @dataclass(frozen=True, slots=True)
 class GradientTiles:
@@ -26,8 +29,8 @@ class GradientTiles:
     """bm outputs and bn inputs of a matrix, bk rows of a step."""
 
 
-def gradient_tiles(layer: Layer, bm: int, facts: GpuFacts) -> GradientTiles:
-    """The tiles for a layer whose rows come in tiles of `bm`."""
+def gradient_tiles(layer: Layer, bm: int, pairs: int, facts: GpuFacts) -> GradientTiles:
+    """The tiles for a layer whose rows, so many in all, come in tiles of `bm`."""
     size = layer.dtype.itemsize
     gated = layer.up is not None
     if size == 4:
@@ -38,12 +41,13 @@ def gradient_tiles(layer: Layer, bm: int, facts: GpuFacts) -> GradientTiles:
         return GradientTiles(
             _fit(first, size, facts, 2 if gated else 1), narrow, narrow, _ahead(_fit(weights, size, facts))
         )
-    warps = 8 if bm >= 128 else 4
+    warps, group = (8, 16) if bm >= 128 else (4, 8)
     wide = facts.hopper and bm >= 128
-    first = Tile(bm, 128 if wide or not gated else 64, 64, warps, 3)
-    hidden = Tile(bm, 128, 64, warps, 4 if wide else 3)
-    inputs = Tile(bm, 256 if wide else 128, 64, warps, 3)
-    weights = Tile(128, 256 if facts.hopper else 128, 64, 8, 3)
+    first = Tile(bm, 128 if wide or not gated else 64, 64, warps, 3, group)
+    hidden = Tile(bm, 128, 64, warps, 4 if wide else 3, group)
+    inputs = Tile(bm, 256 if wide else 128, 64, warps, 3, group)
+    few = pairs <= FEW_ROWS * min(pairs, layer.experts)
+    weights = Tile(128, 256 if facts.hopper and not few else 128, 64, 4 if few else 8, 2 if few else 3)
     return GradientTiles(
         _fit(first, size, facts, 2 if gated else 1),
         _fit(hidden, size, facts),

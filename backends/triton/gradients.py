@@ -71,7 +71,7 @@ class TrainRun:
         self.most = group.max_tiles(self.pairs, site.layer.experts, self.rows)
         self.at = group.at_tiles(site.layer.experts)
         self.at_order = self.at + 2 * self.most
-        self.tiles: GradientTiles = gradient_tiles(site.layer, self.rows, site.facts)
+        self.tiles: GradientTiles = gradient_tiles(site.layer, self.rows, self.pairs, site.facts)
         self.width = 2 * site.layer.f if site.layer.up is not None else site.layer.f
         self.sum_inputs, _ = summing(replace(site, layer=replace(site.layer, o=site.layer.d)), tokens)
 

@@ -266,7 +266,10 @@ def _ordered(model: nn.Module, layers: Sequence[LayerReport], found: Analysis) -
     """All layers in the order of the model's modules."""
     every = [
         *layers,
-        *(LayerReport(name=r.name, kind=r.kind, status="left alone", reason=r.reason) for r in found.refused),
+        *(
+            LayerReport(name=r.name, kind=r.kind, status="left alone", reason=r.reason, tried=r.tried)
+            for r in found.refused
+        ),
     ]
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(every, key=lambda layer: position.get(layer.name, len(position)))

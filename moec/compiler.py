@@ -203,7 +203,7 @@ def _grad_mode_matters(lifted: Lifted) -> bool:
 
 def _record(layer: LayerReport, verdict: Verdict) -> None:
     layer.max_error, layer.max_abs_error, layer.bar = verdict.max_error, verdict.max_abs_error, verdict.bar
-    layer.failing_probe = verdict.failing
+    layer.probes, layer.worst_probe, layer.failing_probe = tuple(verdict.probes), verdict.worst, verdict.failing
 
 
 def _numerics_error(lifted: Lifted, executable: Executable) -> float:

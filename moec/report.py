@@ -38,7 +38,13 @@ class LayerReport:
     """Why, with the number of calls for each reason."""
     cut: Literal["submodule", "slice", "ffn"] | None = None
     evidence: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
+    """What it was run on against the original, in this order; a probe that the original refuses says nothing."""
+    worst_probe: str | None = None
+    """The probe with max_error."""
     failing_probe: str | None = None
+    tried: tuple[str, ...] = ()
+    """For a candidate that is none: each module that was looked at, with what stood in the way there."""
     numerics_error: float | None = None
     """The error that passes which change numerics (int8, dropped tokens) cause; None if none ran."""
     bytes_before: int | None = None

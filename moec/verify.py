@@ -29,6 +29,8 @@ class Difference:
     l2: float
     largest: float
     mismatch: str = ""
+    furthest: str = ""
+    """Where the largest difference is, with both values there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Verdict:
     failing: str | None = None
     why: str = ""
     probes: list[str] = field(default_factory=list)
+    worst: str | None = None
+    """The probe with max_error."""
 
     @property
     def passed(self) -> bool:
@@ -79,10 +83,25 @@ def difference(mine: torch.Tensor, theirs: torch.Tensor) -> Difference:
     a, b = mine.detach().to(wide), theirs.detach().to(wide)
     finite = torch.isfinite(b)
     if any(not torch.equal(test(a), test(b)) for test in (torch.isnan, torch.isposinf, torch.isneginf)):
-        return Difference(float("inf"), float("inf"), "other values are not finite")
+        return Difference(float("inf"), float("inf"), "other values are not finite", _furthest(a, b, _strange(a, b)))
     gap = torch.where(finite, a - b, 0).double()
     size = torch.where(finite, b, 0).double()
-    return Difference(_ratio(gap.norm(), size.norm()), _ratio(_peak(gap), _peak(size)))
+    return Difference(_ratio(gap.norm(), size.norm()), _ratio(_peak(gap), _peak(size)), "", _furthest(a, b, gap.abs()))
+
+
+def _strange(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One where the values are not finite in the same way."""
+    odd = [test(a) != test(b) for test in (torch.isnan, torch.isposinf, torch.isneginf)]
+    return (odd[0] | odd[1] | odd[2]).to(a.dtype)
+
+
+def _furthest(a: torch.Tensor, b: torch.Tensor, gap: torch.Tensor) -> str:
+    """The place with the largest gap, and what is there; empty where there is no gap."""
+    if not gap.numel() or not float(gap.max()):
+        return ""
+    flat = int(gap.argmax())
+    place = [int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape)]
+    return f"furthest at {place}: {float(a.flatten()[flat]):.6g}, the original has {float(b.flatten()[flat]):.6g}"
 
 
 def _peak(values: torch.Tensor) -> torch.Tensor:
@@ -118,7 +137,8 @@ def compare_results(mine: Any, theirs: Any, depth: int = 0) -> Difference:
             found = Difference(float("inf"), float("inf"), f"{a!r} instead of {b!r}")
         if found.mismatch:
             return found
-        worst = Difference(max(worst.l2, found.l2), max(worst.largest, found.largest))
+        furthest = found.furthest if found.largest > worst.largest else worst.furthest
+        worst = Difference(max(worst.l2, found.l2), max(worst.largest, found.largest), "", furthest)
     return worst
 
 
@@ -165,11 +185,14 @@ def verify_layer(
 
 
 def _judge(verdict: Verdict, probe: Probe, found: Difference) -> None:
+    if verdict.worst is None or found.l2 > verdict.max_error:
+        verdict.worst = probe.label
     verdict.max_error = max(verdict.max_error, found.l2)
     verdict.max_abs_error = max(verdict.max_abs_error, found.largest)
     if found.mismatch or not (found.l2 <= verdict.bar and found.largest <= verdict.bar):
         verdict.failing = probe.label
-        verdict.why = found.mismatch or f"error {found.l2:.2e} (largest {found.largest:.2e}) above {verdict.bar:.0e}"
+        why = found.mismatch or f"error {found.l2:.2e} (largest {found.largest:.2e}) above {verdict.bar:.0e}"
+        verdict.why = f"{why}; {found.furthest}" if found.furthest else why
 
 
 def _judge_low_precision(verdict: Verdict, probe: Probe, mine: Any, theirs: Any, dtype: torch.dtype) -> None:
@@ -188,6 +211,8 @@ def _judge_low_precision(verdict: Verdict, probe: Probe, mine: Any, theirs: Any,
     outputs = [_first_tensor(result, exact) for result in (mine, theirs)]
     finite = torch.isfinite(exact) & torch.isfinite(outputs[1].float())
     ours, own = (difference(torch.where(finite, o.float(), 0), torch.where(finite, exact, 0)) for o in outputs)
+    if verdict.worst is None or ours.l2 > verdict.max_error:
+        verdict.worst = probe.label
     verdict.max_error, verdict.max_abs_error = max(verdict.max_error, ours.l2), max(verdict.max_abs_error, ours.largest)
     verdict.bar = max(verdict.bar if len(verdict.probes) > 1 else 0.0, LOW_PRECISION_FACTOR * own.l2)
     # Infinities may differ, by overflow on the way; a not-a-number of the formula itself may not get lost.

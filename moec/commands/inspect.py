@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from moec.commands.model import add_model_arguments, load, nothing_found
 from moec.errors import MoecError, did_you_mean
@@ -47,6 +48,18 @@ def _named(report: Report, name: str) -> list[LayerReport]:
     raise MoecError("MOEC608", f"no candidate layer is named {name!r}", hint=hint)
 
 
+def _summary(probes: Sequence[str]) -> list[str]:
+    """The probes, those that differ by their number of tokens alone in one line."""
+    counts: dict[str, list[str]] = {}
+    for probe in probes:
+        count, found, what = probe.partition(" tokens")
+        if found and count.isdigit():
+            counts.setdefault(what.removeprefix(", ").removeprefix(" "), []).append(count)
+        else:
+            counts.setdefault(probe, [])
+    return [f"{', '.join(dict.fromkeys(n))} tokens {what}" if n else what for what, n in counts.items()]
+
+
 def describe(layer: LayerReport) -> str:
     """All that the report holds about one layer, in words."""
     parts = [f"{layer.name} ({layer.kind}): {layer.status}"]
@@ -55,9 +68,13 @@ def describe(layer: LayerReport) -> str:
     if layer.cut:
         parts.append(f"cut: {layer.cut}")
     parts += [f"evidence: {line}" for line in layer.evidence]
+    parts += [f"tried: {line}" for line in layer.tried]
+    if layer.probes:
+        parts.append(f"probes: {len(layer.probes)}: {'; '.join(_summary(layer.probes))}")
     if layer.max_error is not None:
         bar = f", at most {number(layer.bar)} is allowed" if layer.bar is not None else ""
-        parts.append(f"error: {number(layer.max_error)} (max abs {number(layer.max_abs_error)}){bar}")
+        worst = f", worst on {layer.worst_probe}" if layer.worst_probe else ""
+        parts.append(f"error: {number(layer.max_error)} (max abs {number(layer.max_abs_error)}){bar}{worst}")
     if layer.failing_probe:
         parts.append(f"failing probe: {layer.failing_probe}")
     if layer.numerics_error is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.ffn import find_pairs
 from moec.frontends.torch.formula import Written
+from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.recorder import record
 from tests.frontend_units.build import Do, params_of, rand
 
@@ -25,12 +26,12 @@ Middle = Callable[[Tensor], Tensor]
 def body_of(middle: Middle, outputs: int) -> tuple[Do, Body | None, list[str]]:
     module = Do(lambda m, x: F.linear(middle(F.linear(x, m.up)), m.down), up=rand(outputs, D), down=rand(D, WIDE))
     log = record(module, (rand(5, D),), {})
-    refused: list[str] = []
+    refused: list[NotLifted] = []
     params = params_of(module)
     pairs = find_pairs(log, params, set(params), refused)
     from moec.frontends.torch.ffn import _body
 
-    return module, _body(log, pairs[0]) if pairs else None, refused
+    return module, _body(log, pairs[0]) if pairs else None, list(map(str, refused))
 
 
 def halves(gated: Callable[[Tensor, Tensor], Tensor]) -> Middle:

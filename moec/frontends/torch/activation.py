@@ -128,6 +128,15 @@ def synthetic(widths: Sequence[int], seed: int) -> list[torch.Tensor]:
     ]
 
 
+def _layouts(widths: Sequence[int], width: int) -> list[str | None]:
+    """How gate and up may lie in first layers of these widths before hidden values of `width`."""
+    if len(widths) == 2:
+        return ["pair", "pair_up_first"]
+    if widths[0] == 2 * width:
+        return ["concat", "concat_up_first", "interleaved", "interleaved_up_first"]
+    return [None] if widths[0] == width else []
+
+
 def name_activation(
     ask: Ask, widths: Sequence[int], width: int, numbers: Sequence[float], tolerance: float
 ) -> Activation | None:
@@ -136,13 +145,8 @@ def name_activation(
     `ask` maps one vector per up-projection ([N] each) to the hidden vector [F] the down-projection reads. `tolerance`
     is relative, per element.
     """
-    if len(widths) == 2:
-        layouts: list[str | None] = ["pair", "pair_up_first"]
-    elif widths[0] == 2 * width:
-        layouts = ["concat", "concat_up_first", "interleaved", "interleaved_up_first"]
-    elif widths[0] == width:
-        layouts = [None]
-    else:
+    layouts = _layouts(widths, width)
+    if not layouts:
         return None
     rounds = max(4, min(64, 600 // max(1, sum(widths))))
     questions = [synthetic(widths, seed) for seed in range(rounds)]
@@ -168,3 +172,22 @@ def _same(parts: tuple[torch.Tensor, torch.Tensor | None], theirs: torch.Tensor,
     # The floor is for gates that cancel to almost nothing (gelu far below zero); the other half magnifies what is left.
     floor = 1e-1 * (1.0 if factor is None else factor.abs().clamp(min=1.0))
     return bool(((mine - theirs).abs() <= tolerance * (theirs.abs() + floor)).all())
+
+
+def nearest_name(ask: Ask, widths: Sequence[int], width: int, numbers: Sequence[float]) -> str:
+    """The activation that comes closest to what `ask` computes, with the values that show that it is not it."""
+    layouts = _layouts(widths, width)
+    question = synthetic(widths, 1)
+    answer = ask([v.clone() for v in question]).cpu().float()
+    best, said = float("inf"), ""
+    for candidate in dict.fromkeys(_candidates(layouts, numbers)):
+        mine = candidate(question)
+        gap = float((mine - answer).norm() / answer.norm()) if mine.shape == answer.shape else float("inf")
+        if gap < best:
+            at = int((mine - answer).abs().argmax())
+            layout = candidate.layout
+            inputs = [question[0]] if layout is None else _halves(question, layout)
+            of = " and ".join(f"{float(v[at]):.4g}" for v in inputs)
+            theirs, best = float(answer[at]), gap
+            said = f"nearest: {candidate}, which makes {float(mine[at]):.4g} of {of}, the code {theirs:.4g}"
+    return said

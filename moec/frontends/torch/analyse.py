@@ -26,6 +26,7 @@ class Refused:
     name: str
     kind: Literal["moe", "ffn"]
     reason: str
+    tried: tuple[str, ...] = ()
 
 
 @dataclass
@@ -103,7 +104,7 @@ def _analyse_moe(
             refused.append((candidate, reason))
     if refused and not taken:
         first, why = refused[0]
-        found.refused.append(Refused(computed_owner(first.name), "moe", str(why)))
+        found.refused.append(Refused(computed_owner(first.name), "moe", str(why), why.tried))
         return set() if isinstance(why, Chained) else first.weights
     return taken
 
@@ -126,4 +127,5 @@ def _analyse_ffn(
         elif isinstance(reason, NotRun) and not is_widening(params[n] for n in candidate.weights):
             found.notes.append(f"{candidate.name} holds matrices like an FFN's but {reason}")
         else:
-            found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason)))
+            tried = (f"{candidate.name or 'the model'}: {reason.whole}",) if reason.shown else ()
+            found.refused.append(Refused(computed_owner(candidate.name), "ffn", str(reason), tried))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moec.frontends.torch.activation import constants, name_activation
+from moec.frontends.torch.activation import constants, name_activation, nearest_name
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body, view_tensor, written_body
 from moec.frontends.torch.coordinates import MOVES, Line, line, moved_from, number, stack_of
@@ -86,7 +86,9 @@ def _with_activation(
     written = write_activation(log, instance, width, ask, tolerance, parts[0].out_axis)
     if written is None:
         ops = [log.entries[i].name for i in instance.middle if log.entries[i].name not in MOVES]
-        raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
+        close = nearest_name(ask, widths, width, constants(log, instance.middle))
+        said = ", ".join(ops[:8]) or "none"
+        raise NotLifted(f"the operations between the experts' layers have no name here: {said}", close)
     return written_body(banks, written)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moec.frontends.torch.activation import Activation, constants, name_activation
+from moec.frontends.torch.activation import Activation, constants, name_activation, nearest_name
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.formula import Written, write_activation
 from moec.frontends.torch.instances import Instance, NotLifted
@@ -140,7 +140,9 @@ def _without_tail(log: Log, instance: Instance, named: Mapping[str, Bank]) -> Bo
     written = write_activation(log, instance, width, ask, tolerance)
     if written is None:
         ops = [log.entries[i].name for i in instance.middle]
-        raise NotLifted(f"the operations between the experts' layers have no name here: {', '.join(ops[:8]) or 'none'}")
+        close = nearest_name(ask, widths, width, constants(log, instance.middle))
+        said = ", ".join(ops[:8]) or "none"
+        raise NotLifted(f"the operations between the experts' layers have no name here: {said}", close)
     return written_body(named, written)
 
 

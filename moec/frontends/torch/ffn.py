@@ -55,10 +55,10 @@ def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         except ProbeFailed as failure:
             drivers.failed(driver, failure)
             continue
-        mixed: list[str] = []
+        mixed: list[NotLifted] = []
         pairs = find_pairs(log, params, candidate.weights, mixed)
         if not pairs and mixed and is_widening(params[n] for n in candidate.weights):
-            raise NotLifted(mixed[0])
+            raise mixed[0]
         if not pairs:
             return None
         return [_cut(driver, log, instance, params, candidate) for instance in pairs]
@@ -66,7 +66,7 @@ def analyse_ffn(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
 
 
 def find_pairs(
-    log: Log, params: Mapping[str, torch.Tensor], weights: set[str], mixed: list[str] | None = None
+    log: Log, params: Mapping[str, torch.Tensor], weights: set[str], mixed: list[NotLifted] | None = None
 ) -> list[Instance]:
     """Instances up -> activation -> down whose ends are equally wide; `mixed` gets why others are none."""
     linears = LinearFinder(log, dict(params), lambda name: name in weights).find(0, len(log.entries))
@@ -86,7 +86,7 @@ def find_pairs(
             activation = _body(log, instance).activation
         except NotLifted as reason:
             if mixed is not None:
-                mixed.append(str(reason))
+                mixed.append(reason)
             continue
         if isinstance(activation, Written) or (activation and (activation.gated or activation.fn != "identity")):
             used |= {i, *ups}

@@ -22,7 +22,7 @@ from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import understood
-from moec.frontends.torch.instances import NotLifted, find_instances
+from moec.frontends.torch.instances import NotLifted, Unsuited, find_instances
 from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -33,6 +33,7 @@ from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
 from moec.frontends.torch.recorder import record
 from moec.frontends.torch.routedslice import Reading, analyse_slice
+from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
 from moec.frontends.torch.sizes import Size, solve
 from moec.frontends.torch.tail import with_tail
 from moec.verify import Probe
@@ -57,9 +58,16 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
             reasons.setdefault(driver.path, []).append(reason)
     if reasons:
         every = [reason for found in reasons.values() for reason in found]
-        raise next((reason for reason in every if not isinstance(reason, ProbeFailed)), every[0])
-    why = "; ".join(dict.fromkeys(drivers.failures[-3:])) or "no module above it could be called"
-    raise NotLifted(f"could not be run ({why}); pass example_inputs")
+        said = [reason for reason in every if not isinstance(reason, ProbeFailed)]
+        first = next((reason for reason in said if not isinstance(reason, Unsuited)), (said or every)[0])
+        lines = (f"{path or 'the model'}: {reason.whole}" for path, found in reasons.items() for reason in found)
+        first.tried = tuple(dict.fromkeys(lines))
+        raise first
+    failed = tuple(dict.fromkeys(drivers.failures[-3:]))
+    why = "; ".join(failed) or "no module above it could be called"
+    refusal = NotLifted(f"could not be run ({why}); pass example_inputs")
+    refusal.tried = failed
+    raise refusal
 
 
 def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[str, torch.Tensor]) -> Lifted:
@@ -104,6 +112,8 @@ def _direct(
     if steered:
         raise NotLifted(steered)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
+    roles = _told_apart(site, maker, params)
+    maker = replace(maker, roles=roles)
     body, full = _every_expert(site, maker, body, read)
     ids, identities = understood(getattr(site.module, site.method), maker, params)
     body = replace(body, identities=identities)
@@ -144,6 +154,27 @@ def _direct(
         probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
         dtype=x.dtype,
     )
+
+
+def _told_apart(site: Site, maker: Maker, params: Mapping[str, torch.Tensor]) -> Roles:
+    """The roles, with the side that the weights act on asked for where the observed call does not tell it."""
+    roles, body, x = maker.roles, maker.body, maker.template[maker.roles.x]
+    weighted = roles.weights
+    if weighted is None or roles.form == "dense" or not is_scaled_through(body, params, x):
+        return roles
+    rows = x.reshape(-1, body.inputs)
+    experts, weights = maker.effective(maker.template)
+    binder = Binder(getattr(site.module, site.method))
+
+    def ask(signs: torch.Tensor) -> torch.Tensor:
+        given = maker.template[weighted]
+        args, kwargs = binder.unbind({**maker.template, weighted: given * signs.reshape(given.shape)})
+        result: torch.Tensor = getattr(site.module, site.method)(*args, **kwargs)
+        return result
+
+    if roles.spread:
+        raise NotLifted("one choice a sequence and weights whose side cannot be told")
+    return replace(roles, on_input=on_input_by_sign(body, params, rows, experts, weights, ask))
 
 
 def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
-from moec.frontends.torch.solve import solve_routed
+from moec.frontends.torch.solve import Nearest, solve_routed
 
 _TRIES = 6
 
@@ -48,7 +48,7 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
                 reasons.append(reason)
     # How far a cut came says more than that another block does not hold the formula.
     far = [reason for reason in reasons if not isinstance(reason, _Unsolved)] or reasons
-    raise NotLifted(str(far[0]) if far else "no call holds all of the experts")
+    raise NotLifted(str(far[0]), far[0].shown) if far else NotLifted("no call holds all of the experts")
 
 
 def _slice(
@@ -63,9 +63,11 @@ def _slice(
 ) -> Lifted:
     """The site sliced around its experts; raises NotLifted with the reason."""
     name = site.label or "the model"
-    solution = solve_routed(blocks, body, params)
+    nearest = Nearest()
+    solution = solve_routed(blocks, body, params, nearest)
     if solution is None:
-        raise _Unsolved(f"{name}: no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)")
+        why = "no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
+        raise _Unsolved(f"{name}: {why}", nearest.text)
     for other in seen[1:]:
         same_site(site, other.log)
     evidence = (

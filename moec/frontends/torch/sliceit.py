@@ -18,7 +18,7 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import Ids
-from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.instances import NotLifted, Unsuited
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -55,7 +55,7 @@ def single_input(driver: Driver) -> torch.Tensor:
     """The one float tensor among the driver's arguments; raises NotLifted when there is another number of them."""
     found = [v for v in tree_flatten((driver.args, driver.kwargs))[0] if isinstance(v, torch.Tensor)]
     if len(found) != 1 or found[0].dim() not in (2, 3) or not found[0].is_floating_point():
-        raise NotLifted("a block is sliced when it takes one tensor [T, D] or [B, S, D]")
+        raise Unsuited("a block is sliced when it takes one tensor [T, D] or [B, S, D]")
     return found[0]
 
 

@@ -6,8 +6,9 @@ earliest complete y are taken, so that nothing the user's code does to them in b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,8 +16,10 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.direct import near
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks
-from moec.frontends.torch.oplog import slots
+from moec.frontends.torch.oplog import Log, slots
+from moec.frontends.torch.replay import replay
 from moec.frontends.torch.routing import FORMS
+from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
 
 _MOST_SLOTS = 64
 
@@ -103,8 +106,28 @@ def _after(blocks: Blocks, body: Body, start: int) -> Iterator[tuple[int, int, t
                     yield slot, index, value
 
 
-def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor]) -> Solution | None:
-    """The solution for a mixture, None when no tensors of the log fit."""
+@dataclass
+class Nearest:
+    """The assignment of x, experts, weights and y that came closest, in words."""
+
+    gap: float = float("inf")
+    text: str = ""
+
+    def offer(self, mine: torch.Tensor, theirs: torch.Tensor, say: Callable[[], str]) -> None:
+        """Remember it where its relative error is the smallest so far."""
+        gap = float((mine - theirs).norm() / torch.maximum(mine.norm(), theirs.norm()))
+        if gap < self.gap and float(mine.norm()) > 0:
+            row = int((mine - theirs).norm(dim=-1).argmax())
+            place = int((mine - theirs)[row].abs().argmax())
+            there, formula = float(theirs[row, place]), float(mine[row, place])
+            values = f"y[{row}, {place}] is {there:.4g}, the formula gives {formula:.4g}"
+            self.gap, self.text = gap, f"nearest: {say()}: error {gap:.1e}, {values}"
+
+
+def solve_routed(
+    blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor], nearest: Nearest | None = None
+) -> Solution | None:
+    """The solution for a mixture, None when no tensors of the log fit; `nearest` gets what came closest."""
     candidates = _before(blocks)
     loose = 1e-4 if _precise(params, body) else 4e-2
     ends = list(_after(blocks, body, blocks.last))
@@ -134,10 +157,50 @@ def solve_routed(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor])
                 for slot, index, value in fitting:
                     if near(mine, value, loose):
                         same = _steering(blocks, selector, weights)
-                        return Solution(
+                        found = Solution(
                             x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input, same
                         )
+                        return _told_apart(blocks, body, params, found, rows, chosen)
+                    if nearest is not None:
+                        nearest.offer(mine, value, partial(_words, blocks.log, x, selector, weights, form, slot))
     return None
+
+
+def _words(log: Log, x: _Candidate, selector: _Candidate | None, weights: _Candidate | None, form: str, y: int) -> str:
+    """An assignment for people: each tensor by the operation that made it and its shape."""
+
+    def named(slot: int) -> str:
+        made = log.producer(slot)
+        what = log.entries[made].name if made is not None else "input"
+        return f"{what} {list(log.tensors[slot].shape)}"
+
+    parts = [f"x = {named(x.slot)}"]
+    parts += [f"experts = {named(selector.slot)}"] if selector is not None else []
+    parts += [f"weights = {named(weights.slot)}"] if weights is not None else []
+    return ", ".join([*parts, f"y = {named(y)}", f"routing as {form}"])
+
+
+def _told_apart(
+    blocks: Blocks,
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    found: Solution,
+    rows: torch.Tensor,
+    chosen: tuple[torch.Tensor, torch.Tensor],
+) -> Solution:
+    """The solution, with the side that the weights act on asked for where the observed values do not tell it."""
+    if found.weights is None or found.form == "dense" or not is_scaled_through(body, params, rows):
+        return found
+    log, slot = blocks.log, found.weights
+    given = log.value(slot, blocks.first)
+    assert given is not None
+    again = log.closure([(found.y, found.complete + 1)], stop={slot: blocks.first}, start=blocks.site.start)
+    again = {i for i in again if i <= found.complete}
+
+    def ask(signs: torch.Tensor) -> torch.Tensor:
+        return replay(log, again, {slot: given * signs.reshape(given.shape)}, found.y)
+
+    return replace(found, on_input=on_input_by_sign(body, params, rows, *chosen, ask))
 
 
 def _slot(candidate: _Candidate | None) -> int | None:

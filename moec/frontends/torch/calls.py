@@ -17,7 +17,6 @@ from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.oplog import Ref
-from moec.frontends.torch.program import run
 from moec.frontends.torch.routing import FORMS, NoTokens, Unusual
 from moec.frontends.torch.sizes import Size
 from moec.frontends.torch.sliced import Slice
@@ -143,14 +142,11 @@ class SlicedCall:
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         s = self.sliced
-        bound = self.binder(args, kwargs)
-        given = _check(bound.pop(s.x_name, None), (self.rank,), self.dtype, self.width)
-        _check_others(bound, s.others)
+        given = args[0] if self._takes_one and len(args) == 1 and not kwargs else self._among(args, kwargs)
+        x = _check(given, (self.rank,), self.dtype, self.width)
         # The recorded operations are those of a contiguous input; on another, view would fail where reshape did not.
-        env: dict[int, torch.Tensor] = {s.input_slot: given.contiguous()}
-        dims: Sequence[int] = given.shape
-        run(s.before, module, env, dims)
-        x, selector, weights = s.routing(module, env, dims)
+        even, dims = x.contiguous(), x.shape
+        x, selector, weights, y_shape, carried = s.to_experts(module, dims, even)
         rows = x.reshape(-1, self.inputs)
         if self.form is None:
             (y,) = executable(rows)
@@ -159,7 +155,18 @@ class SlicedCall:
             if self.ids is not None:
                 self.ids.check(selector)
             (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
-        env[s.y_slot] = y.reshape(s.y_size(module, env, dims)).to(s.y_dtype)
-        run(s.after, module, env, dims)
-        env[s.input_slot] = given  # a block that hands its input back hands back that very tensor
-        return s.returns(module, env, dims)
+        # A block that hands its input back hands back that very tensor.
+        return s.from_experts(module, dims, even, y.reshape(y_shape).to(s.y_dtype), *carried, given)
+
+    @functools.cached_property
+    def _takes_one(self) -> bool:
+        """Whether a call with one positional argument gives the input and nothing else."""
+        return not self.sliced.others and self.binder.names[:1] == (self.sliced.x_name,)
+
+    def _among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input among the arguments. Raises Unusual where others are not those that were verified."""
+        bound = self.binder(args, kwargs)
+        given = bound.pop(self.sliced.x_name, None)
+        _check(given, (self.rank,), self.dtype, self.width)  # first: a call without tokens may have any others
+        _check_others(bound, self.sliced.others)
+        return given

@@ -6,19 +6,17 @@ size expressions of the input, everything else must be equal; parameters and buf
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moec.errors import MoecError
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Item
 from moec.frontends.torch.oplog import Log, Ref, slots
-from moec.frontends.torch.sizes import Size, solve
+from moec.frontends.torch.sizes import solve
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,6 @@ class Step:
     arguments: Any
     outs: tuple[int | None, ...]
     text: str
-
-    @functools.cached_property
-    def fill(self) -> Fill:
-        """The arguments of one call."""
-        return filler(self.arguments)
 
 
 class Aligned:
@@ -139,56 +132,3 @@ def _same(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:  # a user's object may compare as it likes
         return False
-
-
-# A template with its leaves looked up: fill(module, env, dims) gives the value for one call.
-Fill = Callable[[torch.nn.Module, Mapping[int, torch.Tensor], Sequence[int]], Any]
-
-
-def filler(tree: Any) -> Fill:
-    """Prepare a template once, so that a call only looks things up."""
-    if isinstance(tree, Ref):
-        slot = tree.slot
-        return lambda module, env, dims: env[slot]
-    if isinstance(tree, Size):
-        return lambda module, env, dims: tree(dims)
-    if isinstance(tree, Live):
-        return lambda module, env, dims: _live(module, tree)
-    if type(tree) in (tuple, list):
-        kind, parts = type(tree), [filler(part) for part in tree]
-        return lambda module, env, dims: kind([part(module, env, dims) for part in parts])
-    if type(tree) is dict:
-        named = {key: filler(part) for key, part in tree.items()}
-        return lambda module, env, dims: {key: part(module, env, dims) for key, part in named.items()}
-    leaves, spec = tree_flatten(tree)
-    if len(leaves) == 1 and leaves[0] is tree:
-        return lambda module, env, dims: tree
-    parts = [filler(leaf) for leaf in leaves]
-    return lambda module, env, dims: tree_unflatten([part(module, env, dims) for part in parts], spec)
-
-
-def _live(module: torch.nn.Module, live: Live) -> torch.Tensor:
-    path, _, leaf = live.name.rpartition(".")
-    found = getattr(module.get_submodule(path) if path else module, leaf)
-    if not isinstance(found, torch.Tensor) or (tuple(found.shape), found.stride()) != (
-        live.owner_shape,
-        live.owner_stride,
-    ):
-        raise MoecError("MOEC230", f"{live.name!r} has another layout than when it was compiled")
-    if tuple(found.shape) == live.shape and found.stride() == live.stride and live.offset == 0:
-        return found
-    return found.as_strided(live.shape, live.stride, found.storage_offset() + live.offset)
-
-
-def run(steps: Sequence[Step], module: torch.nn.Module, env: dict[int, torch.Tensor], dims: Sequence[int]) -> None:
-    """Run the steps over an environment of slots."""
-    for step in steps:
-        args, kwargs = step.fill(module, env, dims)
-        out = step.op(*args, **kwargs) if step.path is None else module.get_submodule(step.path)(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and len(step.outs) == 1:
-            if step.outs[0] is not None:
-                env[step.outs[0]] = out
-            continue
-        for slot, value in zip(step.outs, tree_flatten(out)[0], strict=True):
-            if slot is not None:
-                env[slot] = value

@@ -15,8 +15,9 @@ from moec.frontends.torch.dropped import check_replaced, check_writes
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, Item, needed
 from moec.frontends.torch.oplog import HOST_READ, Ref, slots
-from moec.frontends.torch.program import Aligned, Fill, Step, filler
+from moec.frontends.torch.program import Aligned, Step
 from moec.frontends.torch.solve import Solution
+from moec.frontends.torch.straight import Straight, used_by, write_out
 
 # They take sizes from what they read, no values.
 _SHAPE_ONLY = frozenset(name for fill in ("zeros", "ones", "full", "empty") for name in (f"{fill}_like", f"new_{fill}"))
@@ -40,19 +41,21 @@ class Slice:
     result: Any
 
     @functools.cached_property
-    def routing(self) -> Fill:
-        """x, selector and weights of a call."""
-        return filler((self.x, self.selector, self.weights))
+    def carried(self) -> tuple[int, ...]:
+        """Slots made before the experts that are read after them."""
+        return tuple(sorted(used_by(self.after, self.result) - {self.input_slot, self.y_slot}))
 
     @functools.cached_property
-    def y_size(self) -> Fill:
-        """The shape of y in a call."""
-        return filler(self.y_shape)
+    def to_experts(self) -> Straight:
+        """(module, dims, input) -> x, selector, weights, the shape of y, and the tensors of `carried`."""
+        carried = tuple(map(Ref, self.carried))
+        return write_out(self.before, (self.input_slot,), (self.x, self.selector, self.weights, self.y_shape, carried))
 
     @functools.cached_property
-    def returns(self) -> Fill:
-        """What the block returns."""
-        return filler(self.result)
+    def from_experts(self) -> Straight:
+        """(module, dims, input, y, *carried, input as it was given) -> what the block returns, which may be that."""
+        takes = (self.input_slot, self.y_slot, *self.carried)
+        return write_out(self.after, takes, self.result, anew=self.input_slot)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+from moec.branches import Branch
 from moec.errors import MoecError
+from moec.homes import Home, Layout, Places
 
 if TYPE_CHECKING:
     import torch
@@ -26,98 +28,6 @@ class View:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a parameter looked like when its views were taken."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Home:
-    """How to reach one parameter: each module on the way must still be the one that was compiled."""
-
-    steps: tuple[tuple[dict[str, Any], str, Any], ...]
-    owner: Any
-    leaf: str
-    sizes: tuple[tuple[dict[str, Any], int], ...] = ()
-    """The containers on the way and how many modules they held: an expert added later is not in the formula."""
-    absent: tuple[str, ...] = ()
-    """Parameters the owner did not have, such as a bias: the formula has none either."""
-
-    @classmethod
-    def of(cls, module: torch.nn.Module, name: str) -> _Home:
-        *path, leaf = name.split(".")
-        steps, owner = [], module
-        for part in path:
-            child = owner._modules.get(part)
-            if child is None:
-                raise MoecError("MOEC230", f"the module has no weight {name!r}", hint="call moec.refresh(model)")
-            steps.append((owner._modules, part, child))
-            owner = child
-        sizes = tuple((table, len(table)) for table, _, _ in steps)
-        absent = tuple(name for name, p in owner._parameters.items() if p is None)
-        return cls(tuple(steps), owner, leaf, sizes, absent)
-
-    def read(self) -> torch.Tensor | None:
-        """The live tensor; None when a module on the way was replaced, or the tensor is gone."""
-        for table, key, expected in self.steps:
-            if table.get(key) is not expected or "forward" in expected.__dict__:
-                return None
-        for container, size in self.sizes:
-            if len(container) != size:
-                return None
-        for name in self.absent:
-            if self.owner._parameters.get(name) is not None:
-                return None
-        found = self.owner._parameters.get(self.leaf)
-        if found is None:
-            found = self.owner._buffers.get(self.leaf)
-        return found  # type: ignore[no-any-return]
-
-    def holder(self) -> dict[str, Any]:
-        """The table that the tensor is in."""
-        own: dict[str, Any] = self.owner._parameters
-        return own if own.get(self.leaf) is not None else self.owner._buffers
-
-
-class _Places:
-    """Where a store's parameters were, to be compared in a few passes at the speed of C: lists of experts are long."""
-
-    def __init__(self, homes: Iterable[_Home]) -> None:
-        steps = {(id(table), key): (table, key, child) for home in homes for table, key, child in home.steps}
-        self._tables = [table for table, _, _ in steps.values()]
-        self._keys = [key for _, key, _ in steps.values()]
-        self._children = [child for _, _, child in steps.values()]
-        self._attributes = [child.__dict__ for child in self._children]
-        sizes = {id(table): (table, size) for home in homes for table, size in home.sizes}
-        self._containers, self._sizes = [t for t, _ in sizes.values()], [size for _, size in sizes.values()]
-        absent = {(id(home.owner), name): (home.owner, name) for home in homes for name in home.absent}
-        self._absent_from = [owner._parameters for owner, _ in absent.values()]
-        self._absent = [name for _, name in absent.values()]
-        self._owners = [home.holder() for home in homes]
-        self._leaves = [home.leaf for home in homes]
-        self._tensors = list(map(dict.get, self._owners, self._leaves))
-        self._addresses = self._where(self._tensors)
-
-    @staticmethod
-    def _where(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return [(t.data_ptr(), t.stride(), t.shape, t.dtype, t.device) for t in tensors]
-
-    def same(self) -> bool:
-        """Whether every module and parameter is still the one it was, with its memory where it was."""
-        now = list(map(dict.get, self._owners, self._leaves))
-        return (
-            all(map(is_, now, self._tensors))
-            and all(map(is_, map(dict.get, self._tables, self._keys), self._children))
-            and not any("forward" in attributes for attributes in self._attributes)
-            and list(map(len, self._containers)) == self._sizes
-            and not any(found is not None for found in map(dict.get, self._absent_from, self._absent))
-            and self._where(now) == self._addresses
-        )
-
-
 class WeightStore:
     """Named weights of one region as views of `module`'s parameters.
 
@@ -131,11 +41,12 @@ class WeightStore:
         self.views = dict(views)
         names = sorted({view.param for entry in self.views.values() for view in _as_tuple(entry)})
         self._checks: dict[str, Callable[[], None]] = {}
-        self._homes = {name: _Home.of(module, name) for name in names}
-        self._layouts = {name: _Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
-        self._places: _Places | None = None
+        self._homes = {name: Home.of(module, name) for name in names}
+        self._layouts = {name: Layout(tuple(p.shape), tuple(p.stride())) for name in names for p in [self.param(name)]}
+        self._places: Places | None = None
         self._placement = 0
         self._seen: tuple[int, list[torch.Tensor], list[tuple[Any, ...]]] | None = None
+        self._branches: dict[tuple[str, ...], list[Branch | None]] = {}
         self._even = {name: _even_step(entry) for name, entry in self.views.items() if isinstance(entry, tuple)}
 
     @property
@@ -158,7 +69,7 @@ class WeightStore:
         if places is None or not places.same():
             self._places = None
             self.check()
-            places = _Places(list(self._homes.values()))
+            places = Places(list(self._homes.values()))
             self._placement += 1
             self._places = places
         return self._placement
@@ -166,6 +77,7 @@ class WeightStore:
     def watch(self, checks: Mapping[str, Callable[[], None]]) -> None:
         """Ask `checks[name]` whenever that parameter is read: it raises MOEC230 where the code around it changed."""
         self._checks = dict(checks)
+        self._branches.clear()
 
     def ask(self) -> None:
         """Ask what is watched of all parameters; raises MOEC230."""
@@ -212,7 +124,30 @@ class WeightStore:
     def experts(self, name: str) -> Sequence[torch.Tensor]:
         """E live zero-copy tensors, [N, C] matrices or [N] biases, in expert order."""
         whole = self.stacked(name)
-        return whole.unbind(0) if whole is not None else _LazyExperts(self, _as_tuple(self.views[name]))
+        return whole.unbind(0) if whole is not None else LiveExperts(self, name, _as_tuple(self.views[name]))
+
+    def read(self, names: tuple[str, ...], experts: Iterable[int]) -> list[list[torch.Tensor]]:
+        """For each of these experts, its live tensors under all of the names: `experts(name)[e]`, asked together."""
+        branches = self._branches.get(names)
+        if branches is None:
+            each = zip(*(_as_tuple(self.views[name]) for name in names), strict=True)
+            branches = self._branches[names] = [self._branch(views) for views in each]
+        found = []
+        for e in experts:
+            branch = branches[e]
+            tensors = branch.read() if branch is not None else None
+            # One by one says what is wrong, and has room for buffers and for parts of parameters.
+            found.append(tensors or [self._read(_as_tuple(self.views[name])[e]) for name in names])
+        return found
+
+    def _branch(self, views: Iterable[View]) -> Branch | None:
+        """The views of one expert as parameters to be read together, None where they are not whole parameters."""
+        views = list(views)
+        layouts = [self._layouts[view.param] for view in views]
+        if any((v.offset, v.shape, v.stride) != (0, at.shape, at.stride) for v, at in zip(views, layouts, strict=True)):
+            return None
+        checks = dict.fromkeys(self._checks[view.param] for view in views if view.param in self._checks)
+        return Branch([self._homes[view.param] for view in views], layouts, checks)
 
     def stacked(self, name: str) -> torch.Tensor | None:
         """One live zero-copy tensor [E, ...], or None when the experts are not evenly spaced in one parameter."""
@@ -259,23 +194,34 @@ class _StandIns(WeightStore):
 
     def __init__(self, store: WeightStore, tensors: Mapping[str, torch.Tensor]) -> None:
         self.__dict__.update(vars(store))
-        self._tensors = tensors
+        self._tensors, self._branches = tensors, {}
 
     def param(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
+    def _branch(self, views: Iterable[View]) -> Branch | None:
+        return None
 
-class _LazyExperts(Sequence["torch.Tensor"]):
-    """Reads an expert's view only when asked: only hit experts are touched."""
 
-    def __init__(self, store: WeightStore, views: tuple[View, ...]) -> None:
-        self._store, self._views = store, views
+class LiveExperts(Sequence["torch.Tensor"]):
+    """Reads an expert's view only when asked, and anew each time: only hit experts are touched."""
+
+    def __init__(self, store: WeightStore, name: str, views: tuple[View, ...]) -> None:
+        self.store, self.name, self._views = store, name, views
 
     def __len__(self) -> int:
         return len(self._views)
 
     def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
-        return self._store._read(self._views[index])
+        return self.store._read(self._views[index])
+
+
+def read_together(weights: Sequence[object], experts: Sequence[int]) -> list[list[torch.Tensor]] | None:
+    """For each of the experts, its `weights[i][e]` for each i, asked of their store at once; None without such."""
+    live = [w for w in weights if isinstance(w, LiveExperts)]
+    if len(live) != len(weights) or any(w.store is not live[0].store for w in live):
+        return None
+    return live[0].store.read(tuple([w.name for w in live]), experts)
 
 
 def _missing(name: str) -> MoecError:

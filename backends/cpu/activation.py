@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from moec.backends.reference.activations import fused
 from moec.ir.ops_fused import FusedActivation
@@ -29,6 +30,18 @@ _INTO: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "tanh": lambda x, out: torch.tanh(x, out=out),
 }
 
+# The same into any memory, the operand's own where that is quickest.
+_OVER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "relu2": lambda x: torch.relu_(x).square_(),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
 
 class FastActivation:
     """fn(gate) * (up + up_shift) or fn(x), with the attributes of a fused op."""
@@ -37,6 +50,7 @@ class FastActivation:
         self._op = op
         plain = op.limit is None and op.alpha == 1 and op.up_shift == 0
         self._into = _INTO.get(op.fn) if plain else None
+        self._over = _OVER.get(op.fn) if plain else None
         self.gated = op.layout != "none"
         self._interleaved = op.layout.startswith("interleaved")
         self._pair = replace(op, layout="pair") if self.gated else op
@@ -52,6 +66,15 @@ class FastActivation:
             self._into(gate, out)
             return out if up is None else out.mul_(up)
         return out.copy_(self._slow(gate, up))
+
+    def over(self, h: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        """h[M, F or 2F] and up[M, F]? -> [M, F] in any memory, h's own included: for few rows of small experts."""
+        if up is None and self.gated:
+            h, up = self._split(h, -1)
+        if self._over is None:
+            return self._slow(h, up).to(h.dtype)
+        a = self._over(h)
+        return a if up is None else a.mul_(up)
 
     def _split(self, h: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of gate and up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moec.backends.cpu.activation import FastActivation
-from moec.backends.cpu.each import Ways, run_one
+from moec.backends.cpu.each import Ways, run_one, run_plain
 from moec.backends.cpu.machine import machine
 from moec.backends.cpu.operands import Sizes, dense_layer
 from moec.backends.cpu.pack import Packed, pack
@@ -42,7 +42,11 @@ class FastDense:
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return (x.new_zeros(*x.shape[:-1], self._sizes.width_out),)
-        y = run_one(layer, Ways(machine(), self._packed.onednn), 0, rows, rows.shape[0])
+        ways = Ways(machine(), self._packed.onednn)
+        if ways.plain(layer, rows.dtype, rows.shape[0]):
+            y = run_plain(layer.rows((0,))[0], self._activation, rows)
+        else:
+            y = run_one(layer, ways, 0, rows, rows.shape[0])
         return (y if x.dim() == 2 else y.reshape(*x.shape[:-1], self._sizes.width_out),)
 
     def describe(self) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moec.backends.cpu.activation import FastActivation
 from moec.backends.cpu.machine import Machine, onednn_linear
-from moec.backends.cpu.operands import Layer, Product
+from moec.backends.cpu.operands import Layer, Product, Row
 from moec.backends.cpu.scratch import scratch
 from moec.backends.cpu.slots import Slots
 from moec.backends.cpu.sums import combine
@@ -23,7 +24,7 @@ GROUP = 16
 FULL_GROUPS = frozenset({32, 48, 64, 96, 128})
 # Multiply-adds from which oneDNN's fixed cost of about 10 microseconds a call is won back: from packed weights, and
 # from weights as they lie.
-PACKED_WORK, PLAIN_WORK = 2**18, 2**20
+PACKED_WORK, PLAIN_WORK = 2**18, 3 * 2**19
 # Up to this much between the products, one activation for all experts is cheaper than one each; beyond it, what an
 # expert's first product wrote is better used while it is in the cache.
 TOGETHER_BYTES = 4 * 2**20
@@ -56,6 +57,15 @@ class Ways:
             return onednn_linear(x, w, b)
         return F.linear(x, w, b)
 
+    def plain(self, layer: Layer, dtype: torch.dtype, rows: int) -> bool:
+        """Whether torch's own linear is the way for all products of experts with at most this many rows."""
+        if self._packed or not layer.sizes.alike:
+            return False
+        if dtype.itemsize == 2:
+            return dtype in self._machine.native and rows <= GROUP
+        onednn = dtype == torch.float32 and self._machine.onednn_f32
+        return not onednn or rows * layer.sizes.matrix_bytes // dtype.itemsize < PLAIN_WORK
+
     def turned(self, layer: Layer, dtype: torch.dtype, rows: int) -> int:
         """How many rows to compute for this many with weights on the left, 0 where they stay on the right."""
         padded = -(-rows // GROUP) * GROUP
@@ -70,11 +80,15 @@ class Ways:
 def run_each(layer: Layer, ways: Ways, x: torch.Tensor, slots: Slots, weights: torch.Tensor) -> torch.Tensor:
     """x[T, D], slots of T tokens, weights[T, K] -> [T, O]."""
     num_slots = slots.num_slots
+    experts, counts = slots.hit.tolist(), slots.counts.tolist()
+    if ways.plain(layer, x.dtype, max(counts)):
+        parts = x.index_select(0, torch.from_numpy(slots.tokens)).split(counts)
+        ys = [run_plain(row, layer.activation, part) for row, part in zip(layer.rows(experts), parts, strict=True)]
+        return combine(torch.cat(ys), np.arange(num_slots), slots, weights)
     # Rows behind the last one may be computed along with it; what they hold does not matter.
     buffer = scratch("rows", (num_slots + GROUP, x.shape[1]), x.dtype)
     rows = buffer[:num_slots]
     torch.index_select(x, 0, torch.from_numpy(slots.tokens), out=rows)
-    experts, counts = slots.hit.tolist(), slots.counts.tolist()
     if num_slots <= GROUP * len(experts) and num_slots * layer.sizes.width_in * x.itemsize <= TOGETHER_BYTES:
         ys = _by_product(layer, ways, experts, rows.split(counts))
     else:
@@ -83,6 +97,14 @@ def run_each(layer: Layer, ways: Ways, x: torch.Tensor, slots: Slots, weights: t
             ys.append(run_one(layer, ways, e, buffer[start:], count))
     y = torch.cat(ys, out=scratch("y", (num_slots, layer.sizes.width_out), x.dtype))
     return combine(y, np.arange(num_slots), slots, weights)
+
+
+def run_plain(row: Row, activation: FastActivation, x: torch.Tensor) -> torch.Tensor:
+    """x[M, D] -> [M, O]: one expert on its rows, by torch's own linear."""
+    w, b, w_up, b_up, w_out, b_out = row
+    h = F.linear(x, w, b)
+    up = None if w_up is None else F.linear(x, w_up, b_up)
+    return F.linear(activation.over(h, up), w_out, b_out)
 
 
 def _by_product(layer: Layer, ways: Ways, experts: list[int], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

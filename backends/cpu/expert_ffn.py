@@ -6,14 +6,15 @@ import torch
 
 from moec.backends.cpu.activation import FastActivation
 from moec.backends.cpu.batch import run_batch, run_token
-from moec.backends.cpu.choose import BATCH, GROUPED, TABLES, choose, choose_token
+from moec.backends.cpu.choose import BATCH, FEW, GROUPED, TABLES, choose, choose_few
 from moec.backends.cpu.each import Ways, run_each
+from moec.backends.cpu.few import run_few
 from moec.backends.cpu.grouped import run_grouped
 from moec.backends.cpu.machine import machine
 from moec.backends.cpu.operands import Layer, Sizes, expert_layer
 from moec.backends.cpu.pack import Packed, find_tables, pack
-from moec.backends.cpu.slots import all_inside, find_slots
-from moec.backends.cpu.tables import FEW_SLOTS, run_tables, run_tables_as_they_come
+from moec.backends.cpu.slots import find_slots, listed
+from moec.backends.cpu.tables import run_tables, run_tables_as_they_come
 from moec.backends.reference.dtypes import DTYPES
 from moec.backends.reference.frame import Frame
 from moec.ir import ExpertFfn
@@ -55,10 +56,14 @@ def run_experts(
 ) -> torch.Tensor:
     """x[T, D], ids[T, K], weights[T, K] -> [T, O], by `way` or by the one that fits best."""
     tables = find_tables(layer, packed, x.dtype)
-    if 0 < ids.numel() <= FEW_SLOTS and all_inside(ids, layer.sizes.num_experts):
-        if tables and way in (None, TABLES):
+    few = listed(ids, layer.sizes.num_experts)
+    if few:
+        first = way or choose_few(layer, few, x.shape[0], x.dtype, machine(), packed, tables=bool(tables))
+        if first == TABLES:
             return run_tables_as_they_come(layer, tables, x, ids, weights)
-        if x.shape[0] == 1 and (way or choose_token(layer, ids.numel(), x.dtype, machine(), packed)) == BATCH:
+        if first == FEW:
+            return run_few(layer, x, few, weights)
+        if first == BATCH and x.shape[0] == 1:
             return run_token(layer, x, ids, weights)
     slots = find_slots(ids, layer.sizes.num_experts)
     if slots.num_slots == 0:

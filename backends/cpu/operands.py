@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from moec.backends.cpu.activation import FastActivation
 from moec.backends.reference.frame import Frame
 from moec.backends.reference.joined import Experts, Joined
+from moec.backends.reference.weights import CheckedExperts
 from moec.ir import DTYPES, DenseFfn, ExpertFfn, Value
+
+Row = Sequence[Any]
+"""One expert's w and b of the first product, of up, and of the second: tensors, or None."""
 
 
 class Product(NamedTuple):
@@ -56,6 +60,8 @@ class Sizes:
     """Of the largest matrix."""
     inputs: int
     """Of the longest sum."""
+    alike: bool
+    """Whether x, weights and biases are all of one type, so that torch's own linear takes them."""
 
     @classmethod
     def of(cls, op: ExpertFfn | DenseFfn) -> Sizes:
@@ -74,6 +80,7 @@ class Sizes:
             expert_bytes=sum(nbytes),
             matrix_bytes=max(nbytes),
             inputs=max(inputs for _, inputs in shapes),
+            alike=all(v is None or v.type.dtype == op.x.type.dtype for v in (*matrices, op.b_in, op.b_out, op.b_up)),
         )
 
 
@@ -83,8 +90,7 @@ def _number(value: Value, axis: int) -> int:
     return size
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """An expert_ffn over live weights: what one call needs besides tokens."""
 
     first: Product
@@ -110,6 +116,18 @@ class Layer:
         return all(
             p is None or (isinstance(p.w, torch.Tensor) and p.scale is None) for p in (self.first, self.up, self.second)
         )
+
+    def rows(self, experts: Sequence[int]) -> Sequence[Row]:
+        """The weights of these experts as they are now; those that are a tensor each are asked for together."""
+        up = (None, None) if self.up is None else self.up[:2]
+        parts = (*self.first[:2], *up, *self.second[:2])
+        apart = [part for part in parts if isinstance(part, CheckedExperts)]
+        others = [(at, part) for at, part in enumerate(parts) if not isinstance(part, CheckedExperts)]
+        read: list[list[Any]] = CheckedExperts.together(apart, experts) if apart else [[] for _ in experts]
+        for e, row in zip(experts, read, strict=True):
+            for at, part in others:
+                row.insert(at, None if part is None else part[e])
+        return read
 
 
 def expert_layer(op: ExpertFfn, activation: FastActivation, sizes: Sizes, at: Frame) -> Layer:

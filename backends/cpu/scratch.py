@@ -12,6 +12,8 @@ import torch
 
 # Larger requests are served by new memory: a buffer stays for the life of its thread.
 MAX_BYTES = 64 * 2**20
+# The allocator hands small memory out again and again by itself, and sooner than a view of a buffer can be made.
+MIN_BYTES = 64 * 2**10
 
 
 class _Buffers(threading.local):
@@ -25,6 +27,8 @@ _buffers = _Buffers()
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor of this shape; what the last user of the same name and dtype wrote is gone."""
     size = prod(shape)
+    if size * dtype.itemsize <= MIN_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     found = _buffers.by_use.get((name, dtype))
     if found is None or found.numel() < size:
         if size * dtype.itemsize > MAX_BYTES:

@@ -11,6 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+# Up to so many slots, Python sorts sooner than arrays, whose every operation costs microseconds whatever its size; and
+# rows gain nothing from lying sorted by expert.
+FEW_SLOTS = 64
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -68,7 +72,9 @@ def find_slots(ids: torch.Tensor, num_experts: int) -> Slots:
     return Slots(num_tokens, k, order, hit, counts[hit])
 
 
-def all_inside(ids: torch.Tensor, num_experts: int) -> bool:
-    """Whether every id, and there are some, is an expert's; for few ids."""
-    listed = ids.reshape(-1).tolist()
-    return bool(min(listed) >= 0 and max(listed) < num_experts)
+def listed(ids: torch.Tensor, num_experts: int) -> list[int]:
+    """Few ids as Python numbers, where every one is an expert's; else none."""
+    if not 0 < ids.numel() <= FEW_SLOTS:
+        return []
+    found: list[int] = ids.reshape(-1).tolist()
+    return found if min(found) >= 0 and max(found) < num_experts else []

@@ -15,9 +15,6 @@ from moec.backends.cpu.operands import Layer, Product
 from moec.backends.cpu.slots import Slots
 from moec.backends.cpu.sums import bags, combine, combine_one, weighted
 
-# So few rows gain nothing from lying sorted by expert.
-FEW_SLOTS = 64
-
 
 def table_of(w: torch.Tensor | None) -> torch.Tensor | None:
     """w[E, N, C] that lies as [E, C, N] -> the table [E*C, N], a view; None where it lies otherwise."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -14,7 +14,7 @@ from moec.backends.reference.frame import Frame
 from moec.backends.reference.inputs import Inputs
 from moec.backends.reference.joined import Experts, whole
 from moec.backends.reference.steps import Step, call_steps, computed_once, constant_nodes, planned
-from moec.backends.reference.weights import LiveWeight, per_expert
+from moec.backends.reference.weights import LiveWeight, LiveWeights, per_expert
 from moec.ir import Node, Region, Weight
 from moec.ir.printer import print_op
 
@@ -67,9 +67,12 @@ class RegionExecutable:
         fast = planned(region, self._constant, plan)
         self._once = computed_once(self._constant, region, pack, fast)
         self._steps = call_steps(region, self._once, fast)
+        # A region of one faster op, as most are, has no values to keep account of.
+        only = self._steps[0] if len(self._steps) == 1 else None
+        self._only = only if only and only.fast and only.node.results == region.outputs else None
         read = {value.name for step in self._steps for value in step.node.op.operands}
         read |= {value.name for value in region.outputs}
-        self._read = tuple(name for name in self._live if name in read)
+        self._read = LiveWeights(weights, {name: live for name, live in self._live.items() if name in read})
         self._inputs = Inputs(region)
         self._sized = tuple(
             node.results[0] for node in region.nodes if isinstance(node.op, Weight) and node.op.type.letters
@@ -85,17 +88,24 @@ class RegionExecutable:
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The region's outputs. Raises MOEC404 and MOEC109 for inputs that do not fit, MOEC405 for weights."""
         sizes = self._inputs.check(inputs)
+        if not torch.is_grad_enabled():
+            return self._compute(inputs, sizes)
         with torch.no_grad():
-            values = self._weights()
-            values.update(zip(self._inputs.names, inputs, strict=True))
-            at = Frame(values, self._opaques, sizes)
-            if self._sized:
-                at.bind({value: self._live[value.name].read() for value in self._sized})
-            for step in self._steps:
-                step.run(at)
-                for name in step.drop:
-                    del at.values[name]
-            return tuple(at.tensor(value) for value in self._region.outputs)
+            return self._compute(inputs, sizes)
+
+    def _compute(self, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+        values = self._weights()
+        values.update(zip(self._inputs.names, inputs, strict=True))
+        at = Frame(values, self._opaques, sizes)
+        if self._sized:
+            at.bind({value: self._live[value.name].read() for value in self._sized})
+        if self._only is not None:
+            return tuple(self._only.results(at))
+        for step in self._steps:
+            step.run(at)
+            for name in step.drop:
+                del at.values[name]
+        return tuple(at.tensor(value) for value in self._region.outputs)
 
     def _weights(self) -> dict[str, Experts]:
         """The weights that a call needs, in a dict of its own."""
@@ -116,7 +126,7 @@ class RegionExecutable:
 
     def _read_weights(self) -> dict[str, Experts]:
         values: dict[str, Experts] = dict(self._current().values)
-        values.update((name, self._live[name].read()) for name in self._read)
+        self._read.read_into(values)
         return values
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moec.backends.reference.fast import Fast, Planner
 from moec.backends.reference.frame import Frame
-from moec.backends.reference.joined import Experts
 from moec.backends.reference.table import MEANINGS
 from moec.ir import ConcatWeights, Node, QuantizeWeight, Region, Value, Weight
 
@@ -25,17 +25,19 @@ class Step:
 
     def run(self, at: Frame) -> None:
         """Put the op's results into the frame."""
+        results = self.results(at)
+        at.values.update((value.name, result) for value, result in zip(self.node.results, results, strict=True))
+
+    def results(self, at: Frame) -> Sequence[Any]:
+        """The op's results, which are tensors but for ops of weights."""
         try:
             fast = self.fast
-            results: Sequence[Experts]
             if fast is not None and at.device.type == fast.device:
-                results = fast.run(at)
-            else:
-                results = MEANINGS[type(self.node.op)](self.node.op, at)
+                return fast.run(at)
+            return MEANINGS[type(self.node.op)](self.node.op, at)
         except Exception as error:
             error.add_note(f"in {self.node}")
             raise
-        at.values.update((value.name, result) for value, result in zip(self.node.results, results, strict=True))
 
 
 def constant_nodes(region: Region) -> tuple[Node, ...]:

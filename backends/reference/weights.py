@@ -5,7 +5,7 @@ E experts, N outputs, C inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Never
 
 import torch
@@ -28,6 +28,7 @@ from moec.ir import (
     Tensor,
     Weight,
 )
+from moec.weights import LiveExperts, WeightStore, read_together
 
 # Operands that are weights of experts, by op.
 _PER_EXPERT: dict[type[Op], tuple[str, ...]] = {
@@ -63,6 +64,7 @@ class LiveWeight:
         self._of_experts = of_experts
         self._dtype = DTYPES[op.type.dtype]
         self._shape = tuple(size.constant for size in op.type.shape)
+        self._apart: CheckedExperts | None = None
 
     def check(self) -> None:
         """Raise MOEC405 unless the weight is there, and every expert's is as declared."""
@@ -79,6 +81,8 @@ class LiveWeight:
         """The user's tensor now. Raises MOEC405 where it has another element type or shape than declared."""
         if not self._of_experts:
             return self._checked(self._store.dense(self._ref), self._shape)
+        if self._apart is not None:
+            return self._apart
         stacked = self._store.stacked(self._ref)
         if stacked is not None:
             return self._checked(stacked, self._shape)
@@ -87,7 +91,24 @@ class LiveWeight:
             # Small weights of experts may be one tensor that nobody took apart.
             whole = self._store.dense(self._ref) if len(experts) == 1 else None
             return self._checked(whole, self._shape) if whole is not None else self._refuse(f"{len(experts)} experts")
-        return CheckedExperts(self, experts)
+        apart = CheckedExperts(self, experts)
+        if isinstance(experts, LiveExperts):  # which reads anew each time, so it is good for all calls
+            self._apart = apart
+        return apart
+
+    @property
+    def ref(self) -> str:
+        """The weight's name in the store."""
+        return self._ref
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is one tensor, and none that is made of experts'."""
+        return not self._of_experts
+
+    def checked(self, found: torch.Tensor) -> torch.Tensor:
+        """A dense weight that was read. Raises MOEC405 where it has another element type or shape than declared."""
+        return self._checked(found, self._shape)
 
     def expert(self, experts: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         """One expert's tensor, checked."""
@@ -115,6 +136,40 @@ class CheckedExperts(Sequence[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
         return self._weight.expert(self._experts, index)
+
+    @staticmethod
+    def together(several: Sequence[CheckedExperts], experts: Sequence[int]) -> list[list[torch.Tensor]]:
+        """For each of these experts its tensors of several weights, asked for in one go."""
+        rows = read_together([weights._experts for weights in several], experts)
+        if rows is None:
+            return [[weights[e] for weights in several] for e in experts]
+        dtypes = [weights._weight._dtype for weights in several]
+        for e, row in zip(experts, rows, strict=True):
+            for i, tensor in enumerate(row):
+                if tensor.dtype is not dtypes[i]:  # shapes are the store's business
+                    several[i]._weight._refuse(f"{described(tensor)} for expert {e}")
+        return rows
+
+
+class LiveWeights:
+    """Some weights of a region by name, read from the store on each use: the dense ones together where it can."""
+
+    def __init__(self, store: Weights, live: Mapping[str, LiveWeight]) -> None:
+        together = isinstance(store, WeightStore)
+        self._store = store
+        self._dense = {name: one for name, one in live.items() if together and one.is_dense}
+        self._others = {name: one for name, one in live.items() if name not in self._dense}
+        self._refs = tuple(one.ref for one in self._dense.values())
+
+    def read_into(self, values: dict[str, Experts]) -> None:
+        """Put the user's tensors of now into `values`. Raises MOEC405 where one is not as declared."""
+        if self._refs:
+            assert isinstance(self._store, WeightStore)
+            (found,) = self._store.read(self._refs, (0,))
+            for (name, one), tensor in zip(self._dense.items(), found, strict=True):
+                values[name] = one.checked(tensor)
+        for name, one in self._others.items():
+            values[name] = one.read()
 
 
 def constant(value: float, type: Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -18,6 +18,8 @@ from moec.frontends.torch.observe import tokens
 from moec.frontends.torch.probing import Maker, routing, shape_for
 from moec.frontends.torch.routing import Unusual
 
+_FEW = 64
+
 
 @dataclass(frozen=True)
 class Ids:
@@ -30,9 +32,9 @@ class Ids:
         """Raise Unusual for others. On other devices than the CPU a look at the ids would wait for them: not asked."""
         if ids.device.type != "cpu":
             return
-        low, high = torch.aminmax(ids)
-        if int(low) < self.lowest or int(high) > self.highest:
-            found = int(high) if int(high) > self.highest else int(low)
+        low, high = _ends(ids)
+        if low < self.lowest or high > self.highest:
+            found = high if high > self.highest else low
             raise Unusual(f"expert id {found} is not in {self.lowest}..{self.highest}, the ids that were verified")
 
     @classmethod
@@ -41,6 +43,15 @@ class Ids:
         if ids is None:
             return cls(0, experts - 1)
         return cls(-1 if bool((ids == -1).any()) else 0, experts if bool((ids == experts).any()) else experts - 1)
+
+
+def _ends(ids: torch.Tensor) -> tuple[int, int]:
+    """The lowest and the highest; of few, Python says it sooner."""
+    if 0 < ids.numel() <= _FEW:
+        found = ids.reshape(-1).tolist()
+        return min(found), max(found)
+    low, high = torch.aminmax(ids)
+    return int(low), int(high)
 
 
 def understood(method: Callable[..., Any], maker: Maker, params: Mapping[str, torch.Tensor]) -> tuple[Ids, int]:

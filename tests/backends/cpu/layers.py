@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from moec.backends.cpu.activation import FastActivation
-from moec.backends.cpu.choose import BATCH, EACH, GROUPED, TABLES
+from moec.backends.cpu.choose import BATCH, EACH, FEW, GROUPED, TABLES
+from moec.backends.cpu.each import Ways
 from moec.backends.cpu.expert_ffn import run_experts
 from moec.backends.cpu.grouped import fits_grouped
 from moec.backends.cpu.machine import machine
@@ -25,7 +26,7 @@ from moec.backends.reference.table import MEANINGS
 from moec.ir import Builder, ExpertFfn, Tensor, Value
 
 PACKED = "packed"
-WAYS = (EACH, BATCH, GROUPED, TABLES, PACKED)
+WAYS = (EACH, FEW, BATCH, GROUPED, TABLES, PACKED)
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "i8"}
 
 
@@ -62,7 +63,7 @@ class Case:
 
     def ways(self) -> list[str]:
         """The ways that this layer can be run in."""
-        ways = [EACH]
+        ways = [EACH] + [FEW] * Ways(machine()).plain(self.layer, self.dtype, 1)
         if self.layer.stacked and self.dtype != torch.float64:
             ways += [BATCH] + [GROUPED] * fits_grouped(self.layer)
         if all(p.scale is None for p in self.layer.products.values()):

@@ -22,6 +22,7 @@ from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.install import CompiledMethod, drop_own_methods, install, installed, uninstall
 from moec.frontends.torch.remade import Remade
 from moec.frontends.torch.twin import borrowed, closures_over, make_probe, make_twin
+from moec.graphmodules import compile_graph, is_graph
 from moec.options import Options
 from moec.progress import progress
 from moec.report import LayerReport, Report
@@ -70,6 +71,8 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     if isinstance(model, str | Path) and str(model).endswith(".onnx"):
         return _compile_file(Path(model), options)
     chosen = Options.make(**options)
+    if is_graph(model):
+        return compile_graph(model, _example(example_inputs), chosen)
     model = _module(model)
     example = _example(example_inputs)
     start = time.perf_counter()
@@ -120,6 +123,9 @@ def explain(model: Any, example_inputs: Example = None, **options: Any) -> Repor
     """The report that compile would give, without changing anything."""
     Options.make(**options)
     chosen = Options.make(**{**options, "inplace": False, "strict": False, "free_original": False})
+    if is_graph(model):
+        found: Report = compile_graph(model, _example(example_inputs), chosen).moec.report
+        return found
     model, example = _module(model), _example(example_inputs)
     start = time.perf_counter()
     twin = make_twin(model)

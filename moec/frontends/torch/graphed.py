@@ -46,13 +46,24 @@ class Graphed:
     def run(self, module: torch.nn.Module, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's result, as operations that a tracer sees."""
         bound = self.call.binder(args, kwargs)
-        params, spec = self.params(module), self.spec
+        given = [bound[name] if name else None for name in self.written.inputs]
+        return self.write(module, self.params(module), key, _shape, given)
+
+    def write(
+        self, module: Any, params: Sequence[torch.Tensor], key: str, sizes: Callable[[Any], Any], given: Sequence[Any]
+    ) -> Any:
+        """The same on anything that stands for tensors, such as a graph's proxies; `given` as `inputs` names it."""
+        spec = self.spec
 
         def experts(rows: torch.Tensor, selector: Any, weights: Any) -> torch.Tensor:
-            found: torch.Tensor = torch.ops.moec.layer(rows, selector, weights, params, spec, key)
+            found: torch.Tensor = torch.ops.moec.layer.default(rows, selector, weights, params, spec, key)
             return found
 
-        return self.written.function(module, experts, *[bound[name] if name else None for name in self.written.inputs])
+        return self.written.function(module, experts, sizes, *given)
+
+
+def _shape(x: torch.Tensor) -> torch.Size:
+    return x.shape
 
 
 def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, store: WeightStore) -> Graphed | None:

@@ -48,7 +48,7 @@ class Guard:
         parts = [module.get_submodule(path) for path in paths]
         self._hooks = tuple(getattr(part, name) for part in parts for name in HOOKS if part is not module)
         modal = () if training else dict.fromkeys(parts)
-        self._modes = tuple(p.__dict__ for p in modal if p is module or _has_modes(p))
+        self._modes = tuple(p.__dict__ for p in modal if p is module or has_modes(p))
         for path in weightless:
             parent, _, name = path.rpartition(".")
             table = module.get_submodule(parent)._modules
@@ -112,7 +112,7 @@ class Guard:
             raise MoecError("MOEC230", why, hint="call moec.refresh(model)")
 
 
-def _has_modes(module: nn.Module) -> bool:
+def has_modes(module: nn.Module) -> bool:
     """Whether training mode may be another function: a dropout's is, and may be switched on its own."""
     for cls in classes_of([module]):
         if not cls.__module__.startswith("torch.nn.modules"):

@@ -22,7 +22,10 @@ Experts = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Written:
-    """`function(module, experts, x, selector, weights)`, or `(module, experts, x)` for a block, and its source text."""
+    """`function(module, experts, sizes, x, selector, weights)`, or `(module, experts, sizes, x)` for a block.
+
+    `sizes(x)` is the shape of x; all else are operators of ATen, so that it also writes graphs that hold nothing else.
+    """
 
     function: Callable[..., Any]
     unfit: Callable[[Mapping[str, Any]], str]
@@ -127,11 +130,11 @@ def _direct(call: DirectCall) -> Written:
     for rank, sizes in sorted(call.out_shapes.items()):
         names = ", ".join(f"d{i}" for i in range(rank))
         page.lines += [
-            f"if x.dim() == {rank}:",
-            f"    ({names},) = x.shape",
-            f"    return y.reshape([{', '.join(map(_size, sizes))}])",
+            f"if len(sizes(x)) == {rank}:",
+            f"    ({names},) = sizes(x)",
+            f"    return torch.ops.aten.reshape.default(y, [{', '.join(map(_size, sizes))}])",
         ]
-    function, text = page.function("cut(module, experts, x, selector=None, weights=None)")
+    function, text = page.function("cut(module, experts, sizes, x, selector=None, weights=None)")
     inputs = tuple(name or "" for name in (roles.x, roles.selector, roles.weights))
     dtypes = {roles.x: call.dtype, **({roles.weights: call.weight_dtype} if roles.weights is not None else {})}
     return Written(function, _unfit(inputs, dtypes, tuple(call.out_shapes), call.inputs, call.others), text, inputs)
@@ -141,14 +144,16 @@ def _sliced(call: SlicedCall) -> Written:
     s, page = call.sliced, _Page()
     dims = ", ".join(f"d{i}" for i in range(call.rank))
     first = f"v{s.input_slot}"
-    page.lines += [f"({dims},) = x.shape", f"{first} = x.contiguous()"]
+    page.lines += [f"({dims},) = sizes(x)", f"{first} = torch.ops.aten.contiguous.default(x)"]
     _steps(page, s.before)
     selector, weights = (page.spell(one) for one in (s.selector, s.weights))
-    page.lines.append(f"y = experts({page.spell(s.x)}.reshape(-1, {call.inputs}), {selector}, {weights})")
-    page.lines.append(f"v{s.y_slot} = y.reshape({page.spell(list(s.y_shape))}).to({s.y_dtype})")
+    rows = f"torch.ops.aten.reshape.default({page.spell(s.x)}, [-1, {call.inputs}])"
+    page.lines.append(f"y = experts({rows}, {selector}, {weights})")
+    shaped = f"torch.ops.aten.reshape.default(y, {page.spell(list(s.y_shape))})"
+    page.lines.append(f"v{s.y_slot} = torch.ops.aten.to.dtype({shaped}, {s.y_dtype})")
     _steps(page, s.after)
     page.lines += [f"{first} = x", f"return {page.spell(s.result)}"]
-    function, text = page.function("cut(module, experts, x)")
+    function, text = page.function("cut(module, experts, sizes, x)")
     return Written(
         function, _unfit((s.x_name,), {s.x_name: call.dtype}, (call.rank,), call.width, s.others), text, (s.x_name,)
     )
@@ -193,6 +198,8 @@ def _steps(page: _Page, steps: Sequence[Step]) -> None:
             if step.path is not None:  # a submodule may return its one tensor in a tuple
                 page.lines.append(f"{_target(step.outs[0])} = first({_target(step.outs[0])})")
                 page.values["first"] = _first
+        elif step.path is None:  # operators give their tensors in a row
+            page.lines.append(f"({', '.join(map(_target, step.outs))},) = {text}")
         else:
             page.values["flat"] = _flat
             page.lines.append(f"({', '.join(map(_target, step.outs))},) = flat({text})")

@@ -1,0 +1,98 @@
+"""The back end of torch.compile called "moec": layers in a graph become `moec::layer`, inductor compiles the graph."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensor
+
+from moec.frontends.fx.outline import Weight
+from moec.frontends.fx.regions import writes
+from moec.graphmodules import rewrite
+from moec.options import Options
+from moec.report import Report
+from moec.verify import compare_results
+
+_LOG = logging.getLogger("moec.dynamo")
+_PART = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
+_TABLES = frozenset({"_modules", "_parameters", "_buffers"})
+
+reports: list[Report] = []
+"""What was found in each graph, newest last; the first of those that are too many are dropped."""
+_MOST_REPORTS = 256
+
+
+def moec_backend(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="moec")` calls with each graph.
+
+    `options` are the fields of moec.Options, and "inner", the back end that compiles the rewritten graph ("inductor").
+    A graph without a layer goes there as it is. So does one that is recorded for a backward, and the log says so.
+    """
+    given = dict(options or {})
+    inner = lookup_backend(given.pop("inner", "inductor"))
+    chosen = Options.make(**given, **({"mode": mode} if mode is not None else {}))
+    rewritten = _rewritten(graph, inputs, chosen)
+    compiled: Callable[..., Any] = inner(rewritten if rewritten is not None else graph, list(inputs))
+    return compiled
+
+
+def _rewritten(graph: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule | None:
+    """A copy of the graph with its layers rewritten; None where there is none, or where it is not the time."""
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
+        _LOG.info("a graph is recorded for a backward: its layers stay as they are")
+        return None
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    twin = fx.GraphModule(graph, copied)
+    weights: dict[fx.Node, Weight] = {}
+    for node, tensor in zip(twin.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(tensor, nn.Parameter) and not isinstance(tensor, FakeTensor):
+            weights[node] = Weight(_name(node), tensor)
+    for node in twin.graph.find_nodes(op="get_attr"):
+        held = getattr(twin, str(node.target), None)
+        if isinstance(held, torch.Tensor):
+            weights[node] = Weight(str(node.target), held)
+    if not weights:
+        return None
+    report = rewrite(twin.graph, weights, twin, options)
+    reports.append(report)
+    del reports[:-_MOST_REPORTS]
+    if not report.compiled:
+        return None
+    twin.graph.lint()
+    twin.recompile()
+    return twin if _same(graph, twin, inputs, report) else None
+
+
+def _same(graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[Any], report: Report) -> bool:
+    """Whether both graphs give the same on the inputs they were traced with, where running them changes nothing."""
+    if any(isinstance(t, FakeTensor) for t in inputs) or any(writes(node) for node in graph.graph.nodes):
+        return True
+    with torch.no_grad():
+        found = compare_results(twin(*inputs), graph(*inputs))
+    report.whole_model_error = found.l2
+    if found.mismatch:
+        warnings.warn(f"[MOEC221] a rewritten graph differs, so it is left alone: {found.mismatch}", stacklevel=2)
+    return not found.mismatch
+
+
+def _name(node: fx.Node) -> str:
+    """The weight's name, from how torch.compile reached it, such as L['self']._modules['up']._parameters['weight']."""
+    found: Any = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    text = found() if callable(found) else str(found)
+    parts = [a or b for a, b in _PART.findall(text)]
+    kept = [part for part in parts[1:] if part not in _TABLES]  # the first is the local that holds the module
+    return ".".join(kept) or node.name

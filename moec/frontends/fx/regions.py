@@ -1,0 +1,290 @@
+"""Closed parts of an fx.Graph: everything between one value x and one value y, around the products with some weights.
+
+A part has x as its only input besides weights and sizes of x, so it can be run alone, on any tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+# How often x moves up to take in a value from outside, and how far behind the first meeting point y is looked for.
+_MOST_MOVES, _MOST_ENDS = 12, 10
+_IN, _OUT = "in", "out"
+_IN_PLACE = frozenset(
+    {"setitem", "__setitem__", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "and", "or"))}
+)
+_SHAPING = (
+    "view reshape view_as reshape_as transpose t permute squeeze unsqueeze expand expand_as flatten unflatten movedim"
+)
+_TAKING = (
+    "getitem chunk split unbind narrow select swapaxes T mT diagonal as_strided getattr detach contiguous to float type"
+)
+_VIEWS = frozenset(f"{_SHAPING} {_TAKING}".split())
+
+
+@dataclass(frozen=True)
+class Part:
+    """`inside` in the graph's order, from behind `x` to `y`."""
+
+    x: fx.Node
+    y: fx.Node
+    inside: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    sizes: Mapping[fx.Node, tuple[int, ...]]
+    """Sizes computed outside that are x's own, with the axes whose product they are."""
+
+
+class Flow:
+    """How values flow through a graph; `weights` are the nodes that hold parameters and buffers."""
+
+    def __init__(self, graph: fx.Graph, weights: Collection[fx.Node]) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.weights = set(weights)
+        self.switches = [node for node in graph.nodes if _is_switch(node)]
+        self.constant = set(self.weights)
+        for node in graph.nodes:  # a transposed weight is a weight, and so is what is made of numbers
+            fixed = all(one in self.constant for one in node.all_input_nodes)
+            if node.op in ("call_function", "call_method") and fixed and not writes(node):
+                self.constant.add(node)
+        self.flow = nx.DiGraph()
+        self.flow.add_nodes_from((_IN, _OUT))
+        for node in graph.nodes:
+            if node.op == "output":
+                self.flow.add_edges_from((one, _OUT) for one in node.all_input_nodes if one not in self.constant)
+            elif node not in self.constant and not is_assertion(node):
+                inputs = [one for one in node.all_input_nodes if one not in self.constant]
+                self.flow.add_edges_from((one, node) for one in inputs or [_IN])
+        for node in graph.nodes:
+            if writes(node):
+                self._order_writes(node)
+        self.above = nx.immediate_dominators(self.flow, _IN)
+
+    def _order_writes(self, write: fx.Node) -> None:
+        """What reads a value after it was written to in place depends on the write."""
+        for value in _aliases(_written(write)):
+            for user in value.users:
+                if self.order[user] > self.order[write] and write in self.flow:
+                    end = _OUT if user.op == "output" else user
+                    if end in self.flow and end is not write:
+                        self.flow.add_edge(write, end)
+
+    def products(self, weights: Collection[fx.Node]) -> set[fx.Node]:
+        """The values computed from these weights and others. A module that is called is a product with its own."""
+        found = {node for node in weights if node.op == "call_module"}
+        todo, seen = [node for node in weights if node not in found], set()
+        while todo:
+            node = todo.pop()
+            for user in node.users:
+                if user in self.constant and user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+                elif user not in self.constant and user.op != "output":
+                    found.add(user)
+        return found
+
+    def pairs(self, uses: Mapping[str, tuple[fx.Node, torch.Tensor]]) -> Iterator[tuple[str, str]]:
+        """Names of matrices [F, D] and [D, F] with F > D, one multiplied behind the other, as those of FFNs are."""
+        known = {name: found for name, (node, t) in uses.items() if t.dim() == 2 and (found := self.products([node]))}
+        first = {name: min(self.order[node] for node in found) for name, found in known.items()}
+        shape = {name: tuple(uses[name][1].shape) for name in known}
+        taken: set[str] = set()
+        for down in sorted(known, key=first.__getitem__):
+            narrow, wide = sorted(shape[down])
+            before = [
+                n for n in known if first[n] < first[down] and sorted(shape[n]) in ([narrow, wide], [narrow, 2 * wide])
+            ]
+            if not before or wide <= narrow:
+                continue
+            up = max(before, key=first.__getitem__)
+            if up not in taken and shape[up] != shape[down]:
+                taken |= {up, down}
+                yield up, down
+
+    def parts(self, weights: Collection[fx.Node]) -> Iterator[Part | str]:
+        """Closed parts around these weights, smallest first; or why there is none."""
+        core = self.products(weights)
+        if not core:
+            yield "its weights are not used"
+            return
+        x = self._common({p for node in core for p in self._inputs(node)})
+        for _ in range(_MOST_MOVES):
+            if x == _IN:
+                yield "no single value leads to its experts"
+                return
+            moved = None
+            for y in self._ends(x, core):
+                inside = self._between(x, y)
+                if self._leaks(inside, y, core) or self._is_written_to({x, *inside}, inside) or self._switches(inside):
+                    continue
+                outside = {p for node in inside for p in self._inputs(node)} - inside - {x}
+                sizes = {node: axes for node in outside if (axes := axes_of(x, node))}
+                rest = outside - sizes.keys()
+                if rest:
+                    moved = moved if moved is not None else self._common({x, *rest})
+                    break
+                yield self._part(x, y, inside, sizes)
+            if moved is None:
+                yield "no value takes in all that its experts compute"
+                return
+            x = moved if moved != x else self._up(x)
+        yield "no single value leads to its experts"
+
+    def _part(self, x: fx.Node, y: fx.Node, inside: set[fx.Node], sizes: Mapping[fx.Node, tuple[int, ...]]) -> Part:
+        ordered = sorted(inside, key=self.order.__getitem__)
+        used = {one for node in ordered for one in node.all_input_nodes if one in self.constant}
+        return Part(x, y, tuple(ordered), tuple(sorted(used, key=self.order.__getitem__)), sizes)
+
+    def _leaks(self, inside: set[fx.Node], y: fx.Node, core: set[fx.Node]) -> bool:
+        """Whether what the experts give, other than y, or what is written to in place is used outside.
+
+        Other results, such as the router's, may be: their operations stay.
+        """
+        behind = core | (_reached(self.flow, core) & inside)
+        behind |= {alias for node in inside if writes(node) for alias in _aliases(_written(node))}
+        return any(
+            user not in inside and not is_assertion(user) for node in behind & inside - {y} for user in node.users
+        )
+
+    def _switches(self, inside: set[fx.Node]) -> bool:
+        """Whether grad mode or autocast is switched on the way."""
+        places = [self.order[node] for node in inside]
+        return any(min(places) < self.order[node] < max(places) for node in self.switches)
+
+    def _is_written_to(self, values: set[fx.Node], inside: set[fx.Node]) -> bool:
+        """Whether an operation outside writes to one of the values in place before all of them are computed."""
+        last = max(self.order[node] for node in inside)
+        touching = {user for node in values for alias in _aliases(node) for user in alias.users}
+        return any(writes(user) and user not in inside and self.order[user] < last for user in touching)
+
+    def _inputs(self, node: fx.Node) -> list[Any]:
+        return list(self.flow.predecessors(node))
+
+    def _up(self, node: Any) -> Any:
+        return self.above.get(node, _IN) if node != _IN else _IN
+
+    def _common(self, nodes: Collection[Any]) -> Any:
+        """The closest node that leads to all of these."""
+        chains = [self._chain(node) for node in nodes]
+        shared = set(chains[0]).intersection(*chains[1:])
+        return next(node for node in chains[0] if node in shared)
+
+    def _chain(self, node: Any) -> list[Any]:
+        found = [node]
+        while found[-1] != _IN:
+            above = self._up(found[-1])
+            if above == found[-1]:
+                break
+            found.append(above)
+        return found if found[-1] == _IN else [*found, _IN]
+
+    def _ends(self, x: fx.Node, core: set[fx.Node]) -> Iterator[fx.Node]:
+        """Values that all of x's ways through the core lead to, closest first."""
+        below = nx.descendants(self.flow, x)
+        behind = (core | _reached(self.flow, core)) & below - {_OUT}
+        # All that lead to the core, or past it into what it leads to.
+        leading = (behind | _reached(self.flow.reverse(copy=False), behind)) & below
+        part = self.flow.subgraph({x, *leading, _OUT}).reverse()
+        closing = nx.immediate_dominators(part, _OUT)
+        node, count = closing.get(x), 0
+        while node is not None and node != _OUT and count < _MOST_ENDS:
+            if core <= (nx.ancestors(self.flow, node) | {node}):
+                yield node
+                count += 1
+            above = closing.get(node)
+            node = above if above != node else None
+
+    def _between(self, x: fx.Node, y: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = (nx.descendants(self.flow, x) & nx.ancestors(self.flow, y)) | {y}
+        return found
+
+
+def _reached(flow: Any, nodes: Collection[Any]) -> set[Any]:
+    """Everything that one of the nodes leads to."""
+    found: set[Any] = set()
+    todo = list(nodes)
+    while todo:
+        for one in flow.successors(todo.pop()):
+            if one not in found:
+                found.add(one)
+                todo.append(one)
+    return found
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its operands in place."""
+    if "out" in node.kwargs:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        return False
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
+
+
+def _is_switch(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    return any(word in name for word in ("set_grad_enabled", "autocast", "inference_mode", "no_grad"))
+
+
+def _written(write: fx.Node) -> fx.Node | None:
+    """The operand that a node writes to."""
+    found = write.kwargs.get("out", write.args[0] if write.args else None)
+    return found if isinstance(found, fx.Node) else None
+
+
+def _aliases(value: fx.Node | None) -> set[fx.Node]:
+    """The value and what may share its memory: what it is a view of, and views of those."""
+    found: set[fx.Node] = set()
+    todo = [value] if value is not None else []
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        todo += [user for user in node.users if _may_view(user)]
+        if _may_view(node) and node.args and isinstance(node.args[0], fx.Node):
+            todo.append(node.args[0])
+    return found
+
+
+def _may_view(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        returned = node.target._schema.returns
+        return any(one.alias_info is not None for one in returned) or "reshape" in node.target.name()
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and (name in _VIEWS or writes(node))
+
+
+def value_of(node: fx.Node) -> Any:
+    """What a node is known to give: a tensor without values, or a number; None if nothing is known."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def axes_of(x: fx.Node, node: fx.Node) -> tuple[int, ...]:
+    """The axes of x whose sizes' product the node computes; none if it is none, or nothing is known."""
+    given, size = value_of(x), value_of(node)
+    if not isinstance(given, torch.Tensor) or not isinstance(size, torch.SymInt):
+        return ()
+    sizes: tuple[Any, ...] = tuple(given.shape)
+    dynamic = [i for i, one in enumerate(sizes) if isinstance(one, torch.SymInt)]
+    for count in range(1, len(dynamic) + 1):
+        for axes in itertools.combinations(dynamic, count):
+            if math.prod(sizes[i].node.expr for i in axes) == size.node.expr:
+                return axes
+    return ()
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """A check that torch.export has written down, which gives nothing."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return node.op == "call_function" and not node.users and name.startswith(("_assert", "sym_constrain"))

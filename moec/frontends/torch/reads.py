@@ -20,6 +20,7 @@ from torch import nn
 # Code that refers to more functions than this is a framework's machinery; what it reads is not a layer's attributes.
 _MOST_FUNCTIONS = 400
 _COMMON = frozenset({*dir(torch.Tensor), *dir(nn.Module)})
+_VARIABLES = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _OTHERS = frozenset({"torch", "moec", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 
 
@@ -66,9 +67,11 @@ class Reads:
 def names_in(code: CodeType) -> frozenset[str]:
     """Names of attributes and globals that are read, and strings (getattr takes those), nested functions included.
 
-    A name that is only assigned, such as a loss left on the module, is the code's result and none of its settings.
+    A name that is only assigned, such as a loss left on the module, is the code's result and none of its settings. Nor
+    is a variable of the function's own or of one around it, whatever else has its name.
     """
-    found = {i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_") and isinstance(i.argval, str)}
+    loads = [i for i in dis.get_instructions(code) if i.opname.startswith("LOAD_") and isinstance(i.argval, str)]
+    found = {i.argval for i in loads if not i.opname.startswith(_VARIABLES)}
     for constant in code.co_consts:
         if isinstance(constant, str):
             found.add(constant)

@@ -10,7 +10,7 @@ from typing import Any
 from moec.backends.onnx import activations, own_moe
 from moec.backends.onnx.combining import sum_slots
 from moec.backends.onnx.grouping import count_rows, expert_keys, gather, groups_of, sort
-from moec.backends.onnx.integer import ByteRows
+from moec.backends.onnx.integer import ByteRows, can_defer, gated_integer
 from moec.backends.onnx.lowering import Groups, Lowering, wide_dtype
 from moec.backends.onnx.products import dense, grouped, in_integers
 from moec.ir import DenseFfn, ExpertFfn, ExpertGlu, Gather
@@ -42,7 +42,9 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> list[Any]:
 
 
 def _activated(op: ExpertFfn, low: Lowering, rows: Any, groups: Groups, kind: str) -> Any:
-    """rows[R, D] -> [R, F]."""
+    """rows[R, D] -> [R, F], rounded to int8 where that saves a pass."""
+    if isinstance(rows, ByteRows) and op.scale_out is not None and can_defer(op):
+        return gated_integer(op, low, rows, groups)
     h = grouped(low, rows, groups, op.w_in, op.b_in, op.scale_in, kind)
     u = None if op.w_up is None else grouped(low, rows, groups, op.w_up, op.b_up, op.scale_up, kind)
     return activations.fused(low.emit, h, u, op, kind, _width(op, op.w_in.type.shape[1].constant))

@@ -16,7 +16,7 @@ import torch
 from moec.backends.onnx.emitter import Emitter
 from moec.backends.onnx.lowering import Groups, Lowering
 from moec.backends.onnx.own_moe import DOMAIN
-from moec.ir import Value
+from moec.ir import ExpertFfn, Value
 
 
 def row_scales(emit: Emitter, x: Any) -> Any:
@@ -39,6 +39,8 @@ def quantize(emit: Emitter, x: Any) -> tuple[Any, Any]:
 def as_bytes(emit: Emitter, rows: Any) -> tuple[Any, Any]:
     """rows[R, C] f32 -> uint8[R, C] around 128, scale f32[R, 1]: symmetric, half to even."""
     scale = row_scales(emit, rows)
+    # Without rows, ONNX Runtime's reductions give [0, C], of which the slice leaves one column.
+    scale = emit.op("Slice", scale, emit.ints(0), emit.ints(1), emit.ints(1))
     each = emit.op("Squeeze", scale, emit.ints(1))
     middle = emit.op("Expand", emit.constant(np.array(128, dtype=np.uint8), "middle"), emit.op("Shape", each))
     return emit.op("QuantizeLinear", rows, each, middle, axis=0, name="bytes"), scale
@@ -76,14 +78,55 @@ class ByteRows:
 
 def grouped_integer(low: Lowering, rows: ByteRows, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
     """Rows sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
+    sums = low.emit.op("Mul", _unscaled(low, rows, groups, w, scale, None), rows.scale)
+    experts = w.type.shape[0].constant or 0
+    return sums if b is None else low.emit.op("Add", sums, _biases(low, b, groups, experts))
+
+
+def _unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Value, half: int | None) -> Any:
+    """Rows sorted by expert -> f32[R, N], or the first or second half of N, without the rows' scales."""
     from moec.backends.onnx.products import parted, together  # which chooses between this and exact products
 
-    emit = low.emit
     experts, outputs = w.type.shape[0].constant or 0, w.type.shape[1].constant or 0
+    width = outputs if half is None else outputs // 2
+    some = slice((half or 0) * width, (half or 0) * width + width)
     parts = parted(low, rows.bytes, groups, experts)
-    found = [_product(low, parts[e], low.matrix(w, e), low.matrix(scale, e), f"expert_{e}") for e in range(experts)]
-    sums = emit.op("Mul", together(low, found, groups, outputs, "f32"), rows.scale)
-    return sums if b is None else emit.op("Add", sums, _biases(low, b, groups, experts))
+    name = "expert" if half is None else f"half{half}_of_expert"
+    found = [
+        _product(low, parts[e], low.matrix(w, e)[some], low.matrix(scale, e)[some], f"{name}_{e}")
+        for e in range(experts)
+    ]
+    return together(low, found, groups, width, "f32")
+
+
+# With more experts, more nodes cost more than fewer passes over the rows save.
+FEW_EXPERTS = 16
+
+
+def can_defer(op: ExpertFfn) -> bool:
+    """Whether up may be left without its rows' scales, which then go to the rows behind the activation."""
+    no_bias = op.b_in is None and op.b_up is None
+    return op.layout in ("pair", "concat", "concat_up_first") and op.limit is None and op.up_shift == 0 and no_bias
+
+
+def gated_integer(op: ExpertFfn, low: Lowering, rows: ByteRows, groups: Groups) -> ByteRows:
+    """rows -> act(gate) * up, rounded anew: up's factor for each row goes into the new scale."""
+    from moec.backends.onnx.activations import activate, split
+
+    emit = low.emit
+    assert op.scale_in is not None
+    if op.w_up is not None and op.scale_up is not None:
+        gate = _unscaled(low, rows, groups, op.w_in, op.scale_in, None)
+        up = _unscaled(low, rows, groups, op.w_up, op.scale_up, None)
+    elif (op.w_in.type.shape[0].constant or 0) <= FEW_EXPERTS:
+        first, second = (_unscaled(low, rows, groups, op.w_in, op.scale_in, half) for half in (0, 1))
+        gate, up = (second, first) if op.layout == "concat_up_first" else (first, second)
+    else:
+        both = _unscaled(low, rows, groups, op.w_in, op.scale_in, None)
+        gate, up = split(emit, both, op.layout, (op.w_in.type.shape[1].constant or 0) // 2)
+    gate = activate(emit, emit.op("Mul", gate, rows.scale), op, "f32")
+    found = ByteRows.of(emit, emit.op("Mul", gate, up, name="activated"))
+    return ByteRows(found.bytes, emit.op("Mul", found.scale, rows.scale))
 
 
 def _biases(low: Lowering, b: Value, groups: Groups, experts: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.backends.onnx.form import INTEGER
+from moec.backends.onnx.form import INTEGER, Form
 from moec.backends.onnx.lower import region_model
 from moec.backends.onnx.runtime import run, session
 from moec.exporter.check import check_region
@@ -46,6 +46,23 @@ def test_every_form_stays_near(make: str, at: dict[str, Any]) -> None:
     check = check_region(exact, way.region, weights, way.form, 2e-6)
     assert check.passed, check.why
     assert 1e-4 < check.max_error < 0.06
+
+
+@pytest.mark.parametrize("experts", [6, 20])
+@pytest.mark.parametrize("form", [INTEGER, Form(products="integer_to_float")], ids=lambda form: str(form.products))
+@pytest.mark.parametrize("layout", ["concat", "concat_up_first", "pair", "interleaved"])
+def test_every_place_of_gate_and_up(layout: str, form: Form, experts: int) -> None:
+    """With few experts and with many, in both products; down to no token at all."""
+    region = mixtral_layer("m", e=experts, k=2, d=32, f=24, layout=layout, fn="silu")
+    weights = store(region)
+    exact = optimised(region)
+    found = [way for way in ways(exact, Settings.make("m.onnx", target="cpu", quantize="int8")) if way.form == form]
+    check = check_region(exact, found[0].region, weights, form, 2e-6)
+    assert check.passed, check.why
+    assert 1e-4 < check.max_error < 0.04
+    none = [torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, 2)]
+    (empty,) = run(session(region_model(found[0].region, weights, form=form)), none)
+    assert empty.shape == (0, 32)
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:

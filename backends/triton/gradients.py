@@ -5,6 +5,7 @@ T tokens, K experts per token, P = T * K pairs, E experts, D model width, F expe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,11 +40,6 @@ class Wanted:
     b_out: bool
 
     @property
-    def parts(self) -> tuple[bool, bool, bool, bool]:
-        """Those of the layer's weights."""
-        return self.w_in, self.w_out, self.b_in, self.b_out
-
-    @property
     def hidden(self) -> bool:
         """Whether the gradients of gate and up are needed on the way."""
         return self.x or self.w_in or self.b_in
@@ -54,9 +50,14 @@ class Saved:
     """What the forward keeps for the backward besides x, ids and routing weights."""
 
     z: torch.Tensor
-    """[P, F] or, gated, [P, 2F]: gate and up before the activation, in the order of `meta`."""
+    """[P, F] or, gated, [P, 2F]: gate and up before the activation, in the order of `meta`; a backward that needs their
+    gradients puts them in their place."""
     meta: torch.Tensor
     """The grouping, as in kernels/group.py."""
+
+
+Memory = Callable[[bool], Layer]
+"""Gives where gradients are written: of the first product's weights (True), or of the second's."""
 
 
 class TrainRun:
@@ -96,27 +97,58 @@ class TrainRun:
         ids: torch.Tensor,
         weights: torch.Tensor | None,
         saved: Saved,
-        grads: Layer | None,
+        grads: Memory,
         wanted: Wanted,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """dy[T, O] -> gradients of x and of the routing weights; those of the layer's weights go to `grads`."""
-        stream, meta, layer = current_stream(x.device), saved.meta, self.layer
+        """dy[T, O] -> gradients of x and of the routing weights; those of the layer's weights go to what `grads` gives.
+
+        Memory is asked for when it is written to, and z is overwritten: a step takes as little as it can.
+        """
+        stream, meta = current_stream(x.device), saved.meta
         dz, wh, dw = self._hidden(stream, dy, weights, saved, wanted)
-        if wanted.w_out and grads is not None:
-            ends = {"OUTS": layer.o, "INS": layer.f, "GATHER_OUTS": True, "GATHER_INS": False}
-            self._weights(stream, dy, wh, meta, grads.down.w, ends)
+        if wanted.w_out or wanted.b_out:
+            self._second_weights(stream, dy, wh, weights, meta, grads(False), wanted)
         del wh
-        if wanted.b_out and grads is not None:
-            self._bias(stream, dy, weights, meta, grads.down.b, {"OUTS": layer.o, "GATHER": True})
         if dz is None:
             return None, dw
-        for i, product in enumerate(() if grads is None else (grads.gate, grads.up)):
+        if wanted.w_in or wanted.b_in:
+            self._first_weights(stream, dz, x, meta, grads(True), wanted)
+        return self._inputs(stream, dz, ids, meta) if wanted.x else None, dw
+
+    def restore(self, x: torch.Tensor, saved: Saved) -> None:
+        """Compute z again, which a backward has overwritten."""
+        h = x.new_empty(self.pairs, self.layer.f)
+        self._first(current_stream(x.device), x, saved.meta, saved.z, h)
+
+    def _second_weights(
+        self,
+        stream: int,
+        dy: torch.Tensor,
+        wh: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        meta: torch.Tensor,
+        to: Layer,
+        wanted: Wanted,
+    ) -> None:
+        """Gradients of the second product's weights."""
+        layer = self.layer
+        if wanted.w_out:
+            ends = {"OUTS": layer.o, "INS": layer.f, "GATHER_OUTS": True, "GATHER_INS": False}
+            self._weights(stream, dy, wh, meta, to.down.w, ends)
+        if wanted.b_out:
+            self._bias(stream, dy, weights, meta, to.down.b, {"OUTS": layer.o, "GATHER": True})
+
+    def _first_weights(
+        self, stream: int, dz: torch.Tensor, x: torch.Tensor, meta: torch.Tensor, to: Layer, wanted: Wanted
+    ) -> None:
+        """Gradients of the first product's weights."""
+        layer = self.layer
+        for i, product in enumerate((to.gate, to.up)):
             if product is not None and wanted.w_in:
                 ends = {"OUTS": self.width, "INS": layer.d, "GATHER_OUTS": False, "GATHER_INS": True}
                 self._weights(stream, dz, x, meta, product.w, ends, i * layer.f)
             if product is not None and wanted.b_in:
                 self._bias(stream, dz, None, meta, product.b, {"OUTS": self.width, "GATHER": False}, i * layer.f)
-        return self._inputs(stream, dz, ids, meta) if wanted.x else None, dw
 
     def _first(self, stream: int, x: torch.Tensor, meta: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> None:
         layer, tile = self.layer, self.tiles.first
@@ -135,10 +167,10 @@ class TrainRun:
     def _hidden(
         self, stream: int, dy: torch.Tensor, weights: torch.Tensor | None, saved: Saved, wanted: Wanted
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """dz, wh and the gradients of the routing weights, each None where nothing needs it."""
+        """dz in z's memory, wh and the gradients of the routing weights, each None where nothing needs it."""
         layer, tile = self.layer, self.tiles.hidden
         columns = cdiv(layer.f, tile.bn)
-        dz = torch.empty_like(saved.z) if wanted.hidden else None
+        dz = saved.z if wanted.hidden else None
         wh = saved.z.new_empty(self.pairs, layer.f) if wanted.w_out else None
         shares = saved.z.new_empty(self.pairs, columns, dtype=torch.float32) if wanted.weights else None
         if dz is None and wh is None and shares is None:

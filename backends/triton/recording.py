@@ -32,7 +32,7 @@ from moec.weights import WeightStore
 KEPT_RUNS = 256
 """Numbers of tokens whose launches are kept; all are dropped when there are more."""
 _PARTS = (("w_in", "w_up"), ("w_out",), ("b_in", "b_up"), ("b_out",))
-"""Operands whose gradients are computed together, in the order of `Wanted.parts`."""
+"""Operands whose gradients are computed together, in the order of `Wanted`'s fields."""
 
 
 class RecordingExecutable(TritonExecutable):
@@ -103,15 +103,11 @@ class RecordingExecutable(TritonExecutable):
         parts = [not asked.isdisjoint(self._params_of(*roles)) for roles in _PARTS]
         return Wanted(needed[0], needed[2], *parts)
 
-    def gradients_of_weights(
-        self, prepared: Prepared, wanted: Wanted, params: Sequence[torch.Tensor]
-    ) -> tuple[Layer | None, dict[str, torch.Tensor]]:
-        """Memory for the gradients of parameters: as kernels write it, and by name."""
-        asked = [roles for roles, part in zip(_PARTS, wanted.parts, strict=True) if part]
-        if not asked:
-            return None, {}
-        names = frozenset().union(*(self._params_of(*roles) for roles in asked))
-        found = self._gradients.make(names, prepared.device)
+    def memory_for(
+        self, roles: Sequence[str], prepared: Prepared, params: Sequence[torch.Tensor]
+    ) -> tuple[Layer, dict[str, torch.Tensor]]:
+        """Memory for the gradients of these operands: as kernels write it, and by name of the parameters."""
+        found = self._gradients.make(self._params_of(*roles), prepared.device)
         # What is not wanted is not written: the parameters themselves stand there.
         store = self._views.standing_in({**dict(zip(self.params, params, strict=True)), **found})
         values, op = self._values(store), self.fused[0].op
@@ -196,6 +192,22 @@ class _Call:
     """Asked only where parameters of experts without tokens get no gradient."""
 
 
+class _Memory:
+    """Memory for the gradients of weights, made when it is asked for."""
+
+    def __init__(self, call: _Call, wanted: Wanted, params: Sequence[torch.Tensor]) -> None:
+        self._call, self._params = call, params
+        self._asked = (wanted.w_in, wanted.w_out, wanted.b_in, wanted.b_out)
+        self.by_name: dict[str, torch.Tensor] = {}
+
+    def __call__(self, first: bool) -> Layer:
+        """Where kernels write gradients: of the first product's weights, or of the second's."""
+        roles = [role for i in ((0, 2) if first else (1, 3)) if self._asked[i] for role in _PARTS[i]]
+        layer, found = self._call.by.memory_for(roles, self._call.prepared, self._params)
+        self.by_name.update(found)
+        return layer
+
+
 class Recorded(torch.autograd.Function):
     """x[T, D], ids[T, K], weights[T, K], parameters -> y[T, O]."""
 
@@ -213,6 +225,7 @@ class Recorded(torch.autograd.Function):
         run = by.run_for(prepared, given[1], given[2])
         y, saved = run.forward(*given)
         ctx.call = _Call(by, prepared, run, by.hit(saved.meta, prepared))
+        ctx.overwritten = False
         ctx.save_for_backward(x, ids, weights, saved.z, saved.meta, *params)
         return y
 
@@ -224,13 +237,16 @@ class Recorded(torch.autograd.Function):
         # Gradients are being recorded in a backward under create_graph=True.
         if torch.is_grad_enabled():
             return None, None, *call.by.higher((x, ids, weights, *params), needed, dy)
-        wanted = call.by.wanted(needed)
-        grads, by_name = call.by.gradients_of_weights(call.prepared, wanted, params)
+        wanted, saved = call.by.wanted(needed), Saved(z, meta)
+        memory = _Memory(call, wanted, params)
         given = _as_kernels_take_them(call.prepared, x, ids, weights)
-        dx, dw = call.run.backward(dense(dy), *given, Saved(z, meta), grads, wanted)
+        if ctx.overwritten:  # by an earlier backward through a graph that was retained
+            call.run.restore(given[0], saved)
+        ctx.overwritten = wanted.hidden
+        dx, dw = call.run.backward(dense(dy), *given, saved, memory, wanted)
         absent = call.by.absent(call.hit)
         asked = [need and name not in absent for name, need in zip(call.by.params, needed[3:], strict=True)]
-        found = [by_name[name] if ask else None for name, ask in zip(call.by.params, asked, strict=True)]
+        found = [memory.by_name[name] if ask else None for name, ask in zip(call.by.params, asked, strict=True)]
         return None, None, dx, None, None if dw is None or weights is None else dw.view(weights.shape), *found
 
 

@@ -50,8 +50,8 @@ def hidden_gradient(dy, meta, weights, down, z, dz, wh, shares, most,
                     AFTER: tl.constexpr, SHIFT: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr,
                     HAS_SHARES: tl.constexpr, HAS_WH: tl.constexpr, HAS_DZ: tl.constexpr, PRECISION: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """dy[T, O] -> dz like z; wh[P, F], hidden values times the pair's weight; shares f32[P, F / BN] of the gradients of
-    routing weights. Grid: tiles * (F / BN)."""
+    """dy[T, O] -> dz like z, whose memory it may have; wh[P, F], hidden values times the pair's weight; shares
+    f32[P, F / BN] of the gradients of routing weights. Grid: tiles * (F / BN)."""
     tiles = tl.load(meta)
     COLUMNS: tl.constexpr = (F + BN - 1) // BN
     WIDTH: tl.constexpr = 2 * F if GATED else F

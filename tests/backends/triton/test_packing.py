@@ -33,6 +33,14 @@ class Wide(Block):
             expert.up, expert.down = nn.Linear(D, 96), nn.Linear(96, D)
 
 
+def scatter(params: list[nn.Parameter]) -> None:
+    """Memory of their own for parameters that does not lie evenly, however the allocator went."""
+    memory = [p.data.clone() for p in params]
+    order = [e ^ 1 if e + 1 < len(params) or e % 2 else e for e in range(len(params))]
+    for p, e in zip(params, order, strict=True):
+        p.data = memory[e].copy_(p.data)
+
+
 LAYER: dict[str, Any] = {"backend": "triton", "pack": True, "free_original": True}
 
 
@@ -40,11 +48,7 @@ def scattered(layout: str, device: torch.device) -> Weights:
     """Weights of one tensor for each expert, which lie unevenly."""
     found = weights_for(layout, separate=True, device=device)
     for ref in found.views:
-        params = [found.params[f"{ref}_{e}"] for e in range(5)]
-        memory = [p.data.clone() for p in params]
-        # However the allocator went: in this order the distances differ.
-        for p, e in zip(params, (1, 0, 2, 4, 3), strict=True):
-            p.data = memory[e].copy_(p.data)
+        scatter([found.params[f"{ref}_{e}"] for e in range(5)])
     return found
 
 
@@ -86,6 +90,8 @@ def freed() -> tuple[nn.Module, Any, dict[str, torch.Tensor], list[StorageWeakRe
     """A model, its twin compiled with free_original, its values before, and its old memory."""
     torch.manual_seed(0)
     model = Wide().eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    for role in ("up.weight", "up.bias", "down.weight", "down.bias"):
+        scatter([p for name, p in model.named_parameters() if name.endswith(role)])
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}
     old = [StorageWeakRef(p.untyped_storage()) for name, p in model.named_parameters() if name.endswith("up.weight")]
     seen: list[bool] = []

@@ -245,12 +245,14 @@ def test_gradients_of_gradients(device: torch.device) -> None:
 
 def test_twice_through_one_graph(device: torch.device) -> None:
     layer = make(4, 16, 16, device=device)
-    given = layer.inputs(6, 2)
-    (y,) = layer.executable()(*given)
-    w = layer.weights.params["w_in"]
-    (first,) = torch.autograd.grad(y.sum(), [w], retain_graph=True)
-    (second,) = torch.autograd.grad(y.sum(), [w])
-    assert torch.equal(first, second)
+    x, ids, weights = layer.inputs(6, 2)
+    w, dy = layer.weights.params["w_in"], torch.randn(6, 16, device=device)
+    (y,) = layer.executable()(x, ids, weights.requires_grad_())
+    first = torch.autograd.grad(y, [w, weights], dy, retain_graph=True)
+    (alone,) = torch.autograd.grad(y, [weights], dy, retain_graph=True)
+    again = torch.autograd.grad(y, [w, weights], dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[1], alone)
 
 
 def test_under_a_checkpoint(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from moec.backends.triton.launch import Launch
 from moec.backends.triton.operands import Operands
 from moec.backends.triton.site import Site
 from moec.backends.triton.spec import layer_of
-from tests.backends.cpu.layers import inputs, make
+from tests.backends.cpu.layers import Case, inputs, make
 from tests.backends.triton.kernels.ahead import GPUS, compile_ahead
 
 CPU = torch.device("cpu")
@@ -23,6 +23,15 @@ LAYERS: tuple[tuple[torch.dtype, int, dict[str, Any]], ...] = (
     (torch.float16, 64, {"layout": "none", "fn": "gelu_tanh", "turned": True}),
     (torch.float32, 64, {"listed": True, "layout": "pair"}),
 )
+
+
+def step(run: TrainRun, case: Case) -> None:
+    """All launches of a step; gradients go to where the weights are."""
+    x, ids, weights = inputs(case, run.tokens, 2)
+    y, saved = run.forward(x, ids, weights)
+    bias = run.layer.gate.b is not None
+    wanted = Wanted(x=True, weights=True, w_in=True, w_out=True, b_in=bias, b_out=bias)
+    run.backward(torch.empty_like(y), x, ids, weights, saved, lambda first: run.layer, wanted)
 
 
 def main(capability: int) -> None:
@@ -40,12 +49,7 @@ def main(capability: int) -> None:
         layer = layer_of(case.op, Operands(**case.weights), CPU)
         steps = 128 // dtype.itemsize
         plan = Plan(TILES, Tile(rows, 32, steps, 4, 2), Tile(rows, 64, 32, 4, 2))
-        run = TrainRun(Site(layer, GPUS[capability], 2, True, False, "ieee", {}), plan, 40)
-        x, ids, weights = inputs(case, 40, 2)
-        y, saved = run.forward(x, ids, weights)
-        bias = layer.gate.b is not None
-        wanted = Wanted(x=True, weights=True, w_in=True, w_out=True, b_in=bias, b_out=bias)
-        run.backward(torch.empty_like(y), x, ids, weights, saved, layer, wanted)
+        step(TrainRun(Site(layer, GPUS[capability], 2, True, False, "ieee", {}), plan, 40), case)
     print(" ".join(sorted(done)))
 
 

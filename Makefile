@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moec-installed
 # For pip, such as an index of CPU builds of torch: make setup PIP_ARGS='--index-url URL'
 PIP_ARGS ?=
-# For pytest, such as one file: make test PYTEST_ARGS=tests/test_cli.py
+# For pytest, such as one file: make test PYTEST_ARGS=tests/cli/test_opt.py
 PYTEST_ARGS ?=
 # On 2 cores two processes took 6 minutes where one took 10.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8

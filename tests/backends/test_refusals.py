@@ -13,9 +13,9 @@ from moec.backendbase import BACKENDS, PLANNED, Backend, load_backend
 from moec.errors import MoecError
 from moec.ir import OPS, Act, Node, Op, Region, Tensor, Value, parse
 from moec.ir.core import require
+from tests.backends.live import JOINED, UNFUSED, inputs, layer
 from tests.backends.running import Weights, build
 from tests.backends.shapes import some
-from tests.backends.test_live_weights import JOINED, UNFUSED, inputs, layer
 
 
 def refused(code: str, call: Any, *args: Any, **kwargs: Any) -> MoecError:

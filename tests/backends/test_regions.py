@@ -12,11 +12,11 @@ import torch
 
 from moec.backends.reference.table import MEANINGS
 from moec.ir import OPS, Weight, parse
+from tests.backends.live import PLACED, QUANTIZED, UNFUSED, inputs, layer, near
 from tests.backends.oracle_numbers import same_bits
 from tests.backends.oracle_routing import group, kept_slots
 from tests.backends.running import Weights, build
 from tests.backends.shapes import some
-from tests.backends.test_live_weights import PLACED, QUANTIZED, UNFUSED, inputs, layer, near
 
 
 def test_each_op_has_a_meaning() -> None:

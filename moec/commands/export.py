@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize", choices=["int8", "int4"], help="fewer bits for weights; changes results")
     parser.add_argument("--tokens", type=counts, default=(), metavar="T,T,...", help="time before and after at these")
+    parser.add_argument("--tune", action="store_true", help="measure rival ways to write a layer on this machine")
     parser.add_argument("--static", type=positive, metavar="T", help="every size fixed, with T tokens")
     parser.add_argument("--external-data", action="store_true", help="weights in OUT.data, as over 2 GB anyway")
     parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="time for each pair; default 1.0")
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             quantize=arguments.quantize,
             tokens=arguments.tokens,
+            tune=arguments.tune,
             external_data=arguments.external_data or None,
             inputs=arguments.inputs,
             seconds=arguments.seconds,
@@ -62,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         target=arguments.target,
         quantize=arguments.quantize,
         tokens=arguments.tokens,
+        tune=arguments.tune,
         static=arguments.static is not None,
         external_data=arguments.external_data or None,
         seconds=arguments.seconds,

@@ -50,6 +50,12 @@ def _region_probes(region: Region) -> Iterator[tuple[str, Tensors]]:
         yield f"scale {scale:g}", [found[0] * scale, *found[1:]]
 
 
+def inputs_of(region: Region, tokens: int) -> Tensors:
+    """Random inputs, distinct experts for each token, and weights that are not negative."""
+    found = _inputs(region, tokens, num_experts(region), torch.Generator().manual_seed(0))
+    return [*found[:2], *(weights.abs() for weights in found[2:])]
+
+
 def _is_ids(value: Value) -> bool:
     return value.type.dtype in INDICES
 

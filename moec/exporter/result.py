@@ -24,6 +24,8 @@ class ExportedLayer:
     """The worst ||a-b|| / ||b|| against the original layer, over routings that are easy to get wrong."""
     max_abs_error: float | None = None
     bar: float | None = None
+    choice: str = ""
+    """Which way was the fastest among several, and how that is known."""
     tried: list[str] = field(default_factory=list)
     """Lowerings that did not pass, and why."""
     evidence: tuple[str, ...] = ()
@@ -92,6 +94,7 @@ class ExportReport:
         parts = [table(headers, rows, right=["error", "max abs"])]
         parts += [f"left alone: {layer.name}: {layer.reason}" for layer in self.layers if layer.reason]
         parts += [f"{layer.name}: {line}" for layer in self.layers for line in layer.tried]
+        parts += [f"{layer.name}: {layer.choice}" for layer in self.layers if layer.choice]
         if self.latency:
             headers = ["tokens", "before ms", "after ms", "faster"]
             times = [

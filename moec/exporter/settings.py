@@ -26,6 +26,8 @@ class Settings:
     """"int8": int8 weights, and rows rounded to int8 as they come. "int4": in ONNX Runtime's own QMoE alone."""
     tokens: tuple[int, ...] = ()
     """Numbers of tokens to time before and after at; none by default."""
+    tune: bool = False
+    """Where several ways to write a layer are rivals, measure them at `tokens` instead of asking a model of cost."""
     static: bool = False
     """Every size in the file is a number, that of example_inputs."""
     external_data: bool | None = None
@@ -56,7 +58,7 @@ class Settings:
         if given.get("quantize") == "int4" and given["target"] == "portable":
             hint = 'quantize="int8", or target="cpu" or "cuda"'
             raise MoecError("MOEC502", "int4 is computed by ONNX Runtime's own QMoE, which is not portable", hint=hint)
-        for name in ("static", "external_data"):
+        for name in ("tune", "static", "external_data"):
             if given.get(name) not in (None, True, False):
                 raise MoecError("MOEC502", f"{name}={given[name]!r} must be True or False", hint=f"{name}=True")
         return cls(**given)

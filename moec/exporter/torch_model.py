@@ -21,11 +21,12 @@ from moec.exporter.calls import Mark
 from moec.exporter.check import LEAST_AGREEMENT, Check, agreement, check_model
 from moec.exporter.dynamic import dynamic_axes
 from moec.exporter.insert import Inserted, Placed, insert, name_sizes
-from moec.exporter.lowerings import optimised, place
+from moec.exporter.lowerings import place
 from moec.exporter.probes import model_probes
 from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.exporter.traced import Layout, layer_key, marked, results, take_apart, trace
+from moec.exporter.ways import optimised
 from moec.frontends.torch.analyse import Analysis, analyse
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.effects import Watch

@@ -11,8 +11,8 @@ from moec.backends.onnx.form import INTEGER, Form
 from moec.backends.onnx.lower import region_model
 from moec.backends.onnx.runtime import run, session
 from moec.exporter.check import check_region
-from moec.exporter.lowerings import optimised, ways
 from moec.exporter.settings import Settings
+from moec.exporter.ways import optimised, ways
 from moec.ir import Region
 from tests.backends.running import Weights
 from tests.passes.layers import dense_layer, mixtral_layer

@@ -19,8 +19,8 @@ from moec.backends.onnx.own_moe import why_not
 from moec.backends.onnx.runtime import run, session
 from moec.exporter.check import check_region
 from moec.exporter.facts import Facts, facts_of
-from moec.exporter.lowerings import optimised, ways
 from moec.exporter.settings import Settings
+from moec.exporter.ways import optimised, ways
 from moec.ir import ExpertFfn, Region
 from tests.onnx import models
 from tests.onnx.test_int8 import store

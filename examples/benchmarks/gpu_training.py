@@ -54,9 +54,9 @@ class Point:
         found = []
         for name, mine in self.error.get("moec", {}).items():
             own = [errors[name] for other, errors in self.error.items() if other != "moec"]
-            if own and mine > FACTOR * max(own):
+            if own and mine > FACTOR * min(own):
                 found.append(
-                    f"{self.layer} T={self.tokens}: {name} is {mine:.1e} from fp32, torch's own {max(own):.1e}"
+                    f"{self.layer} T={self.tokens}: {name} is {mine:.1e} from fp32, torch's own {min(own):.1e}"
                 )
         return found
 

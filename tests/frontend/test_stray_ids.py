@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
+from moec.frontends.torch import ids
+from moec.frontends.torch.routing import Unusual
 from tests.frontend.modules import told
 
 T, D, WIDE, E = 6, 8, 12, 4
@@ -105,3 +107,27 @@ def test_strays_are_the_originals_business(loop: Loop, stray: int) -> None:
     compiled = stray in UNDERSTOOD[loop]
     assert layer.fallbacks == (0 if compiled else 1)
     assert compiled or any(f"expert id {stray}" in text for text in texts)
+
+
+class Elsewhere:
+    """Ids as a device other than the CPU holds them: a look at them would wait."""
+
+    device = torch.device("meta")
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = torch.tensor(ids)
+
+    def numel(self) -> int:
+        return self.ids.numel()
+
+    def reshape(self, size: int) -> Tensor:
+        return self.ids.reshape(size)
+
+
+def test_other_devices_are_looked_at_when_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = ids.Ids(0, E - 1)
+    allowed.check(Elsewhere(0, E))  # type: ignore[arg-type]
+    monkeypatch.setattr(ids, "DEBUG", True)
+    allowed.check(Elsewhere(0, E - 1))  # type: ignore[arg-type]
+    with pytest.raises(Unusual, match=f"expert id {E} is not in 0..{E - 1}"):
+        allowed.check(Elsewhere(0, E))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ T tokens, K experts per token, E experts, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from moec.frontends.torch.observe import tokens
 from moec.frontends.torch.probing import Maker, routing, shape_for
 from moec.frontends.torch.routing import Unusual
 
+DEBUG = os.environ.get("MOEC_DEBUG", "0").lower() not in ("", "0", "false", "off", "no")
+"""Whether ids are looked at on every device, which waits for them."""
 _FEW = 64
 
 
@@ -29,8 +32,8 @@ class Ids:
     highest: int
 
     def check(self, ids: torch.Tensor) -> None:
-        """Raise Unusual for others. On other devices than the CPU a look at the ids would wait for them: not asked."""
-        if ids.device.type != "cpu":
+        """Raise Unusual for others. On devices other than the CPU a look would wait for the ids: only with DEBUG."""
+        if ids.device.type != "cpu" and not (DEBUG and _may_wait(ids)):
             return
         low, high = _ends(ids)
         if low < self.lowest or high > self.highest:
@@ -43,6 +46,11 @@ class Ids:
         if ids is None:
             return cls(0, experts - 1)
         return cls(-1 if bool((ids == -1).any()) else 0, experts if bool((ids == experts).any()) else experts - 1)
+
+
+def _may_wait(ids: torch.Tensor) -> bool:
+    """Whether the host may wait for the ids: not while a CUDA graph is being captured."""
+    return ids.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _ends(ids: torch.Tensor) -> tuple[int, int]:

@@ -184,7 +184,7 @@ RESTS_ON = {"--target cpu": ("moe-log-weights", "qmoe-log-weights")}
 def examine() -> list[Finding]:
     """Every case on the installed ONNX Runtime's CPU provider."""
     layer = Layer.make()
-    return [*(_finding(case, layer) for case in CASES), *_ignored(layer)]
+    return [*(_finding(case, layer) for case in CASES), *_ignored(layer), _empty_reduction()]
 
 
 def _finding(case: Case, layer: Layer) -> Finding:
@@ -198,6 +198,27 @@ def _finding(case: Case, layer: Layer) -> Finding:
         return Finding(case.name, case.op, case.asks, "right", f"error {apart:.1e}", "")
     found = "all zeros" if not mine.any() else f"error {apart:.2g}"
     return Finding(case.name, case.op, case.asks, "wrong", found, case.advice)
+
+
+def _empty_reduction() -> Finding:
+    """B4: the largest of each of no rows, [0, C] -> [0, 1], which experts without rows meet, over axis -1."""
+    x = ir.Value(name="x", shape=ir.Shape(["R", D]), type=ir.TensorType(ir.DataType.FLOAT))
+    last = ir.Value(name="last", const_value=ir.Tensor(np.array([-1]), name="last"))
+    node = ir.node("ReduceMax", [x, last], {"keepdims": 1})
+    y = node.outputs[0]
+    y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[last], opset_imports={"": 18}, name="case")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    serialized = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
+    session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    shape = session.run(None, {"x": np.zeros((0, D), np.float32)})[0].shape
+    right = shape == (0, 1)
+    advice = "" if right else "name the axis by its number"
+    found = f"{list(shape)} instead of [0, 1]" if not right else "[0, 1]"
+    return Finding(
+        "B4", "ReduceMax", "the largest of no rows over axis -1", "right" if right else "wrong", found, advice
+    )
 
 
 def _ignored(layer: Layer) -> list[Finding]:

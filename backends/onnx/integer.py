@@ -19,28 +19,29 @@ from moec.backends.onnx.own_moe import DOMAIN
 from moec.ir import ExpertFfn, Value
 
 
-def row_scales(emit: Emitter, x: Any) -> Any:
-    """x[..., C] f32 -> f32[..., 1]: the largest number of a row becomes 127."""
-    most = emit.op("ReduceMax", emit.op("Abs", x), emit.ints(-1), keepdims=1)
+def row_scales(emit: Emitter, x: Any, last: int) -> Any:
+    """x[..., C] f32 -> f32[..., 1]: the largest number of a row becomes 127.
+
+    `last` is the last axis by its number: over -1, ONNX Runtime's reductions give [0, C] where there are no rows.
+    """
+    most = emit.op("ReduceMax", emit.op("Abs", x), emit.ints(last), keepdims=1)
     zero = emit.op("Equal", most, emit.scalar(0, "f32"))
     # Only a row of zeros has no scale of its own.
     scale = emit.op("Where", zero, emit.scalar(1, "f32"), emit.op("Div", most, emit.scalar(127, "f32")), name="scale")
     # A row with a not-a-number has none as its scale either, which ReduceMax may overlook; 0 is added to all others.
-    sums = emit.op("ReduceSum", x, emit.ints(-1), keepdims=1)
+    sums = emit.op("ReduceSum", x, emit.ints(last), keepdims=1)
     return emit.op("Add", scale, emit.op("Mul", sums, emit.scalar(0, "f32")))
 
 
-def quantize(emit: Emitter, x: Any) -> tuple[Any, Any]:
+def quantize(emit: Emitter, x: Any, last: int) -> tuple[Any, Any]:
     """x[..., C] f32 -> whole numbers in -127..127 as f32 [..., C], scale f32[..., 1]: symmetric, half to even."""
-    scale = row_scales(emit, x)
+    scale = row_scales(emit, x, last)
     return emit.op("Round", emit.op("Div", x, scale), name="rounded"), scale
 
 
 def as_bytes(emit: Emitter, rows: Any) -> tuple[Any, Any]:
     """rows[R, C] f32 -> uint8[R, C] around 128, scale f32[R, 1]: symmetric, half to even."""
-    scale = row_scales(emit, rows)
-    # Without rows, ONNX Runtime's reductions give [0, C], of which the slice leaves one column.
-    scale = emit.op("Slice", scale, emit.ints(0), emit.ints(1), emit.ints(1))
+    scale = row_scales(emit, rows, 1)
     each = emit.op("Squeeze", scale, emit.ints(1))
     middle = emit.op("Expand", emit.constant(np.array(128, dtype=np.uint8), "middle"), emit.op("Shape", each))
     return emit.op("QuantizeLinear", rows, each, middle, axis=0, name="bytes"), scale

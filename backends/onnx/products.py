@@ -121,7 +121,7 @@ def quantize_rows(op: QuantizeRows, low: Lowering) -> list[Any]:
     parts = emit.op("Concat", outer, emit.ints(op.groups, width // op.groups), axis=0)
     x = low.wide(op.x)
     x = emit.cast(x, "f32") if op.x.type.dtype == "f64" else x
-    q, scale = quantize(emit, emit.op("Reshape", x, parts, allowzero=1))
+    q, scale = quantize(emit, emit.op("Reshape", x, parts, allowzero=1), op.x.type.rank)
     back = emit.op("Reshape", emit.cast(q, "i8"), shape, allowzero=1)
     return [back, emit.op("Squeeze", scale, emit.ints(-1))]
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moec.backends.onnx.runtime import as_array, session
 from moec.bench import Effort, compare
 from moec.environment import machine, versions
 from moec.errors import MoecError
+from moec.exporter.clean import peak_memory
 from moec.exporter.files import check_target, least_runtime, save
 from moec.exporter.invent import sized
 from moec.exporter.onnx_file import Rewritten, Say, rewrite, runner
@@ -136,9 +138,23 @@ def finish(written: Written, settings: Settings, report: ExportReport) -> None:
     """Write the file, then load and time it."""
     report.opset = written.model.opset_imports[""]
     report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(written.model))
-    report.file_bytes = save(written.model, settings.path, _properties(report), external=settings.external_data)
+    check = partial(_check_static, written, report) if settings.static else None
+    report.file_bytes = save(
+        written.model, settings.path, _properties(report), external=settings.external_data, check=check
+    )
     _time(_load(settings.path, runner, _feed(written, written.tensors), report), written, settings, report)
     report.versions, report.machine = versions(), machine()
+
+
+def _check_static(written: Written, report: ExportReport, path: Path) -> None:
+    """Every size of inputs and outputs is a number, and a process with nothing but ONNX Runtime runs it (MOEC704)."""
+    for value in (*written.model.graph.inputs, *written.model.graph.outputs):
+        if value.shape is None or not all(isinstance(size, int) for size in value.shape):
+            raise MoecError("MOEC704", f"the sizes of {value.name} are not fixed: {value.shape}")
+    try:
+        report.peak_bytes = peak_memory(path, _feed(written, written.tensors))
+    except RuntimeError as error:
+        raise MoecError("MOEC704", str(error), hint="nothing was written") from error
 
 
 def _contrib(model: Any) -> bool:

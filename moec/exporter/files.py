@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,17 @@ def check_target(path: Path, source: Path | None) -> None:
     check_writable(path)
 
 
-def save(model: Any, path: Path, properties: Mapping[str, str], *, external: bool | None = None) -> int:
+def save(
+    model: Any,
+    path: Path,
+    properties: Mapping[str, str],
+    *,
+    external: bool | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> int:
     """Put the model at `path`, with its weights in `<path>.data` over 2 GB or on request; the bytes of both.
+
+    `check` gets the written file before it appears; what it raises leaves nothing behind.
 
     Raises MOEC607 where the disk refuses, and what the ONNX checker raises as an assertion: that is our own bug.
     """
@@ -55,6 +64,8 @@ def save(model: Any, path: Path, properties: Mapping[str, str], *, external: boo
         data = f"{path.name}.data"
         ir.save(model, scratch, external_data=data if beside else None)
         onnx.checker.check_model(str(scratch))
+        if check is not None:
+            check(scratch)
         written = sum(file.stat().st_size for file in folder.iterdir())
         if beside:
             os.replace(folder / data, path.parent / data)

@@ -52,6 +52,8 @@ class ExportReport:
     load_seconds: float | None = None
     memory_bytes: int | None = None
     """What the process grew by while the file was loaded and run."""
+    peak_bytes: int | None = None
+    """The most that loading it and one run add in a process that holds nothing but ONNX Runtime; of static files."""
     seconds: float = 0.0
     latency: list[dict[str, Any]] = field(default_factory=list)
     """Rows {tokens, before_ms, after_ms}; empty unless token counts were named."""
@@ -118,6 +120,7 @@ class ExportReport:
             parts.append(f"routing: {self.routing_agreement:.2%} of the choices agree")
         loaded = "" if self.load_seconds is None else f", loads in {self.load_seconds:.2f} s"
         memory = "" if self.memory_bytes is None else f", {size(self.memory_bytes)} of memory"
+        memory += "" if self.peak_bytes is None else f", {size(self.peak_bytes)} at its peak in a process of its own"
         needs = f"opset {self.opset}, ONNX Runtime {self.least_onnxruntime} or newer"
         parts.append(f"file: {size(self.file_bytes)}{loaded}{memory}; {needs}")
         parts += [f"note: {note}" for note in self.notes]

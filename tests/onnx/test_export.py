@@ -23,6 +23,7 @@ from moec.backends.onnx.providers import why_no_cuda
 from moec.demo.data import load_model
 from moec.exporter import export as exporting
 from moec.exporter.check import Check
+from moec.exporter.clean import peak_memory
 from moec.verify import FP32_BAR
 from tests.onnx import models
 from tests.onnx.models import OneLayer
@@ -126,7 +127,10 @@ def test_the_digits_model_in_int8_is_under_a_megabyte(tmp_path: Path) -> None:
     assert all(layer.max_error is not None and 1e-4 < layer.max_error < 0.035 for layer in report.rewritten)
     found = onnx.load(str(path))
     assert {node.domain for node in found.graph.node} == {""}
-    assert all(size.dim_value for size in found.graph.input[0].type.tensor_type.shape.dim)
+    for value in (*found.graph.input, *found.graph.output):
+        assert all(size.dim_value for size in value.type.tensor_type.shape.dim)
+    assert report.peak_bytes is None or 100_000 < report.peak_bytes < 100_000_000
+    assert report.peak_bytes is None or "at its peak in a process of its own" in str(report)
     with torch.no_grad():
         theirs = model(images).numpy()
     assert np.linalg.norm(run(path, {"images": images})[0] - theirs) <= 0.05 * np.linalg.norm(theirs)
@@ -192,6 +196,26 @@ def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         moec.export(OneLayer().eval(), tmp_path / "out.onnx", (torch.randn(7, 16),))
     assert "7 tokens: error 1.0e+00" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_static_file_that_does_not_run_elsewhere_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, feed: Any) -> int:
+        assert path.exists()
+        raise RuntimeError("a clean process does not run it: no such op")
+
+    monkeypatch.setattr(exporting, "peak_memory", broken)
+    with pytest.raises(moec.MoecError, match=r"MOEC704.*no such op"):
+        moec.export(OneLayer().eval(), tmp_path / "out.onnx", (torch.randn(7, 16),), static=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_clean_process_says(tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"nothing")
+    if Path("/proc/self/status").exists():
+        with pytest.raises(RuntimeError, match="a clean process does not run it"):
+            peak_memory(tmp_path / "no.onnx", {"x": np.zeros(1, np.float32)})
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

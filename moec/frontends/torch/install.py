@@ -104,11 +104,13 @@ class CompiledMethod:
         if self.executable is None:
             weights, guards = self._looked_at()
             executable = self.build(weights)
+            # From now on: whether an expert has hooks is a question for calls, not for building.
+            _watch(weights, guards)
             self.weights, self._guards, self.executable = weights, guards, executable
         return self.executable
 
     def _looked_at(self) -> tuple[WeightStore, Guards]:
-        """The module's weights and guards, from now on: whether an expert has hooks is a question for calls."""
+        """The module's weights and guards, as they are now."""
         weights = self.store(self.module)
         if self._copied_from is not None:
             looks, layouts = self._copied_from
@@ -117,7 +119,6 @@ class CompiledMethod:
                     "MOEC230", "the module was changed after it was copied", hint="call moec.refresh(model)"
                 )
         guards = self._guard(weights)
-        weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
         return weights, guards
 
     def _guard(self, weights: WeightStore) -> Guards:
@@ -203,7 +204,7 @@ class CompiledMethod:
             return "it was restored"
         try:
             if tracing:
-                weights, guards = (self.weights, self._guards) if self.executable else self._looked_at()
+                weights, guards = (self.weights, self._guards) if self.executable else _watch(*self._looked_at())
                 assert weights is not None
                 weights.ask()
                 weights.check()
@@ -309,6 +310,12 @@ class CompiledMethod:
 def _eagerly(method: CompiledMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called while torch.compile traces, run outside of its graph."""
     return method(*args, **kwargs)
+
+
+def _watch(weights: WeightStore, guards: Guards) -> tuple[WeightStore, Guards]:
+    """Both, with the guards of each expert asked when its weights are read."""
+    weights.watch({name: guard.check for name, guard in guards.by_weight.items()})
+    return weights, guards
 
 
 def _level_of_the_user() -> int:

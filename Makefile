@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest lint format bench clean
+.PHONY: help setup demo test test-all test-oldest test-legacy test-thirdparty lint format bench clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -45,6 +45,38 @@ $(OLDEST)/.installed: pyproject.toml
 test-oldest: $(STAMP) $(OLDEST)/.installed ## the kernels under the oldest Triton
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/backends/triton $(PYTEST_ARGS)
 
+# Older releases of transformers, each in front of the environment, with what they import at their own versions.
+LEGACY := .legacy
+LEGACY_NEEDS := huggingface_hub==0.36.0 requests==2.32.5 urllib3==2.6.2 charset_normalizer==3.4.4 certifi==2025.11.12 idna==3.11
+LEGACY_4.46 := transformers==4.46.3 tokenizers==0.20.3
+LEGACY_4.57 := transformers==4.57.3 tokenizers==0.22.1
+$(LEGACY)/%/.installed: Makefile
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(LEGACY)/$* $(PIP_ARGS) $(LEGACY_$*) $(LEGACY_NEEDS)
+	@touch $@
+
+test-legacy: $(STAMP) $(LEGACY)/4.46/.installed $(LEGACY)/4.57/.installed ## MoE families of transformers 4.46 and 4.57 (needs a network once)
+	MOEC_LEGACY=4.46 PYTHONPATH=$(LEGACY)/4.46 $(PYTEST) tests/legacy $(PYTEST_ARGS)
+	MOEC_LEGACY=4.57 PYTHONPATH=$(LEGACY)/4.57 $(PYTEST) tests/legacy $(PYTEST_ARGS)
+
+# Packages of others that hold MoE layers, and what their layers import; no package's own choice of torch.
+THIRDPARTY := .thirdparty
+THIRDPARTY_PACKAGES := mixture-of-experts==0.2.3 st-moe-pytorch==0.1.8 soft-moe-pytorch==0.1.9 PEER-pytorch==0.2.2 \
+	fairscale==0.4.13 deepspeed==0.19.8 deepctr-torch==0.3.0 torch-rechub==0.9.0 pytorch-mixtures==0.1.5 \
+	switch-transformers==0.0.4 litgpt==0.5.13
+THIRDPARTY_NEEDS := einops==0.8.1 einx==0.3.0 frozendict==2.4.7 beartype==0.22.9 CoLT5-attention==0.11.1 local-attention==1.11.2 \
+	hyper-connections==0.4.7 absl-py==2.3.1 pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 tzdata==2025.2 six==1.17.0 \
+	lightning==2.6.1 pytorch-lightning==2.6.1 lightning-utilities==0.15.2 torchmetrics==1.8.2 jsonargparse==4.41.0 psutil==7.2.2 \
+	hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.1.2 requests==2.32.5 urllib3==2.6.2 charset_normalizer==3.4.4 \
+	certifi==2025.11.12 idna==3.11
+$(THIRDPARTY)/.installed: Makefile
+	DS_BUILD_OPS=0 $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --upgrade \
+		--target $(THIRDPARTY) $(PIP_ARGS) $(THIRDPARTY_PACKAGES) $(THIRDPARTY_NEEDS)
+	@rm -rf $(THIRDPARTY)/tests
+	@touch $@
+
+test-thirdparty: $(STAMP) $(THIRDPARTY)/.installed ## MoE layers of packages that nobody here wrote (needs a network once)
+	MOEC_THIRDPARTY=1 PYTHONPATH=$(THIRDPARTY) $(PYTEST) tests/thirdparty $(PYTEST_ARGS)
+
 lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@failed=; for tool in "ruff check" "ruff format --check" mypy lint-imports; do \
 		echo "== $$tool"; $(VENV)/bin/$$tool || failed=1; done; test -z "$$failed"
@@ -57,4 +89,4 @@ bench: $(STAMP) ## before/after latency of a transformers Mixtral layer and mode
 	$(PY) -m moec bench examples/generate_mixtral.py:build
 
 clean: ## everything that was made here, .venv included
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(LEGACY) $(THIRDPARTY) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

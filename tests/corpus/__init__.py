@@ -13,6 +13,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     not_moe,
     odd_bodies,
     older,
+    placed,
     positive_moe,
     selection,
     weights,

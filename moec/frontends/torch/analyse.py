@@ -88,22 +88,25 @@ def _analyse_moe(
 ) -> set[str]:
     """Look at candidates for the same weights, up to the first that is lifted; returns the weights that are taken.
 
-    The reason that is reported is that of the first, which holds all of the weights.
+    The reason that is reported is that of the first, which holds all of the weights, or of the part that has most.
     """
     refused: list[tuple[Candidate, NotLifted]] = []
     taken: set[str] = set()
+    lifted: set[str] = set()
     for candidate in attempts:
-        if candidate.weights <= taken:
+        if candidate.weights <= taken or candidate.name in lifted:
             continue
         progress(candidate.name)
         try:
             check_weights(model, computed_owner(candidate.name), candidate.weights)
             found.lifted.append(analyse_moe(candidate, drivers, params))
             taken |= candidate.weights
+            lifted.add(candidate.name)
         except NotLifted as reason:
             refused.append((candidate, reason))
     if refused and not taken:
-        first, why = refused[0]
+        parts = [one for one in refused[1:] if one[0].name == refused[0][0].name]
+        first, why = attempts[0], (parts or refused)[0][1]
         found.refused.append(Refused(computed_owner(first.name), "moe", str(why), why.tried))
         return set() if isinstance(why, Chained) else first.weights
     return taken

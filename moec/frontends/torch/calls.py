@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import torch
 
 from moec.frontends.torch.binding import Binder
-from moec.frontends.torch.direct import Roles
+from moec.frontends.torch.direct import Roles, spread_over
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.oplog import Ref
+from moec.frontends.torch.places import Places
 from moec.frontends.torch.routing import FORMS, NoTokens, Unusual
 from moec.frontends.torch.sizes import Size
-from moec.frontends.torch.sliced import Slice
+from moec.frontends.torch.sliced import More, Slice
 
 Executable = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -51,6 +52,14 @@ def _check(x: Any, ranks: Collection[int], dtype: torch.dtype, width: int) -> to
     if not x.numel():
         raise NoTokens("there are no tokens")
     return x
+
+
+def _check_more(given: Any, more: More, tokens: Sequence[int]) -> torch.Tensor:
+    if not isinstance(given, torch.Tensor) or given.dtype != more.dtype:
+        raise Unusual(f"argument {more.name} is no tensor of {more.dtype} as it was when verified")
+    if tuple(given.shape) != more.sizes(tokens):
+        raise Unusual(f"argument {more.name} is {tuple(given.shape)}, {more.sizes(tokens)} was verified")
+    return given
 
 
 def _check_others(bound: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -124,6 +133,34 @@ class DirectCall:
 
 
 @dataclass(frozen=True)
+class PlacedCall:
+    """A call whose one argument holds each expert's rows by their places."""
+
+    binder: Binder
+    x_name: str
+    others: Mapping[str, Any]
+    dtype: torch.dtype
+    experts: int
+    inputs: int
+    rank: int
+    places: Places
+    ids: Ids | None = None
+
+    def __call__(
+        self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        bound = self.binder(args, kwargs)
+        x = _check(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
+        _check_others(bound, self.others)
+        axis = self.places.x_axis
+        if axis is not None and x.shape[axis] != self.experts:
+            raise Unusual(f"axis {axis} of the input counts {x.shape[axis]}, not {self.experts} experts")
+        rows = self.places.rows(x, self.experts)
+        (y,) = executable(rows, *FORMS["places"](None, rows, rows.shape[0], self.experts, 1))
+        return self.places.back(y, self.places.shape(x.shape, self.experts, y.shape[-1]))
+
+
+@dataclass(frozen=True)
 class SlicedCall:
     """A block whose own operations run before and after the experts."""
 
@@ -137,36 +174,51 @@ class SlicedCall:
     inputs: int
     width: int
     ids: Ids | None = None
+    places: Places | None = None
+    scale: float = 1.0
+    spread: bool = False
 
     def __call__(
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         s = self.sliced
-        given = args[0] if self._takes_one and len(args) == 1 and not kwargs else self._among(args, kwargs)
+        one = self._takes_one and len(args) == 1 and not kwargs
+        given, more = (args[0], ()) if one else self._among(args, kwargs)
         x = _check(given, (self.rank,), self.dtype, self.width)
         # The recorded operations are those of a contiguous input; on another, view would fail where reshape did not.
         even, dims = x.contiguous(), x.shape
-        x, selector, weights, y_shape, carried = s.to_experts(module, dims, even)
-        rows = x.reshape(-1, self.inputs)
+        x, selector, weights, y_shape, carried = s.to_experts(module, dims, even, *more)
+        rows = x.reshape(-1, self.inputs) if self.places is None else self.places.rows(x, self.experts)
         if self.form is None:
             (y,) = executable(rows)
         else:
             weights = rows if weights is None else weights
             if self.ids is not None:
                 self.ids.check(selector)
-            (y,) = executable(rows, *FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots))
+            selector = spread_over(selector, x.shape[:-1]) if self.spread else selector
+            chosen, weights = FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots)
+            (y,) = executable(rows, chosen, weights if self.scale == 1 else weights * self.scale)
+        if self.places is None:
+            y = y.reshape(y_shape)
+        else:
+            y = self.places.back(y, self.places.shape(x.shape, self.experts, y.shape[-1]))
         # A block that hands its input back hands back that very tensor.
-        return s.from_experts(module, dims, even, y.reshape(y_shape).to(s.y_dtype), *carried, given)
+        return s.from_experts(module, dims, even, y.to(s.y_dtype), *carried, given)
 
     @functools.cached_property
     def _takes_one(self) -> bool:
         """Whether a call with one positional argument gives the input and nothing else."""
-        return not self.sliced.others and self.binder.names[:1] == (self.sliced.x_name,)
+        s = self.sliced
+        return not s.others and not s.more and self.binder.names[:1] == (s.x_name,)
 
-    def _among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The input among the arguments. Raises Unusual where others are not those that were verified."""
+    def _among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """The tokens among the arguments, and the tensors beside them.
+
+        Raises Unusual where others are not those that were verified.
+        """
         bound = self.binder(args, kwargs)
         given = bound.pop(self.sliced.x_name, None)
-        _check(given, (self.rank,), self.dtype, self.width)  # first: a call without tokens may have any others
+        x = _check(given, (self.rank,), self.dtype, self.width)  # first: a call without tokens may have any others
+        more = tuple(_check_more(bound.pop(m.name, None), m, x.shape).contiguous() for m in self.sliced.more)
         _check_others(bound, self.sliced.others)
-        return given
+        return given, more

@@ -85,19 +85,17 @@ def fit_roles(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tenso
         if mine is None:
             continue
         loose = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 4e-2
-        for scale in _factors(log, site, roles):
+        for scale in [1.0] if roles.on_input or not roles.form else factors(log, site.start, site.end):
             if near(mine * scale, theirs.reshape(tokens, -1).float(), loose):
-                return replace(roles, scale=scale) if _others_unread(log, site, roles) else None
+                return replace(roles, scale=scale) if others_unread(log, site, roles.tensors) else None
     return None
 
 
-def _factors(log: Log, site: Site, roles: Roles) -> list[float]:
-    """What the result may be multiplied by: 1, and numbers that the call multiplies tensors by."""
-    if roles.on_input or not roles.form:
-        return [1.0]
+def factors(log: Log, start: int, end: int) -> list[float]:
+    """What a result may be multiplied by: 1, and numbers that these entries multiply tensors by."""
     numbers = [
         arg
-        for entry in log.entries[site.start : site.end]
+        for entry in log.entries[start:end]
         if entry.name in ("mul", "mul_")
         for arg in entry.args
         if isinstance(arg, float) and arg not in (0.0, 1.0)
@@ -161,7 +159,7 @@ def _with_identities(roles: Roles, bound: Mapping[str, torch.Tensor], body: Body
 def _spread(bound: Mapping[str, torch.Tensor], x: str, tokens: int, body: Body) -> Iterator[Roles]:
     """One choice for all the tokens of a sequence, with a weight of its own or without."""
     lead = bound[x].shape[:-1]
-    fitting = [n for n, t in bound.items() if n != x and t.numel() < tokens and _spreads(t, lead)]
+    fitting = [n for n, t in bound.items() if n != x and t.numel() < tokens and spreads(t, lead)]
     for selector in fitting:
         if not _is_index(bound[selector], body.experts - 1):
             continue
@@ -171,7 +169,7 @@ def _spread(bound: Mapping[str, torch.Tensor], x: str, tokens: int, body: Body) 
         yield Roles(x, selector, None, "unit", spread=True)
 
 
-def _spreads(values: torch.Tensor, lead: torch.Size) -> bool:
+def spreads(values: torch.Tensor, lead: torch.Size) -> bool:
     try:
         return len(lead) == 2 and values.numel() > 0 and spread_over(values, lead).shape == lead
     except Unusual:
@@ -222,11 +220,11 @@ def _routed(
             yield Roles(x, None, weights, "dense", on_input, max(1, int(asked.max())))
 
 
-def _others_unread(log: Log, site: Site, roles: Roles) -> bool:
-    """Tensor arguments without a role must not be read inside."""
+def others_unread(log: Log, site: Site, names: Collection[str]) -> bool:
+    """Whether tensor arguments other than these are not read inside."""
     binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
-    spare = {v.slot for n, v in bound.items() if isinstance(v, Ref) and n not in roles.tensors}
+    spare = {v.slot for n, v in bound.items() if isinstance(v, Ref) and n not in names}
     return not any(spare & set(e.reads) for e in log.entries[site.start : site.end] if e.op != HOST_READ)
 
 

@@ -28,6 +28,8 @@ class Candidate:
     name: str
     kind: Literal["moe", "ffn"]
     weights: set[str] = field(default_factory=set)
+    groups: list[set[str]] = field(default_factory=list)
+    """The weights by where they were found: one list of modules, one module's stacks."""
 
 
 def discover_moe(model: nn.Module) -> list[Candidate]:
@@ -36,7 +38,9 @@ def discover_moe(model: nn.Module) -> list[Candidate]:
     for name, module in model.named_modules():
         for owner, weights in _experts(name, module):
             if weights:
-                moes.setdefault(owner, Candidate(owner, "moe")).weights.update(weights)
+                candidate = moes.setdefault(owner, Candidate(owner, "moe"))
+                candidate.weights.update(weights)
+                candidate.groups.append(weights)
     return list(_without_stacks_of_layers(moes))
 
 
@@ -128,22 +132,26 @@ def _without_stacks_of_layers(moes: dict[str, Candidate]) -> Iterator[Candidate]
 
 
 def together(moes: Iterable[Candidate], params: Mapping[str, torch.Tensor]) -> Iterator[list[Candidate]]:
-    """Each candidate, or siblings that may be layers of the same experts: all of them as one, then each alone.
+    """What to try for the same weights, all of them as one first.
 
-    Such siblings are modules of one stack each, for equally many experts.
+    Siblings of one stack each, for equally many experts, may be layers of the same experts; several lists in one module
+    may be experts and gates.
     """
-    groups: dict[tuple[str, int], list[Candidate]] = {}
+    siblings: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in moes:
         parent, _, own = candidate.name.rpartition(".")
         stacks = [params[name] for name in candidate.weights]
         if own and len(stacks) == 1 and stacks[0].dim() == 3:
-            groups.setdefault((parent, stacks[0].shape[0]), []).append(candidate)
+            siblings.setdefault((parent, stacks[0].shape[0]), []).append(candidate)
         else:
-            groups[candidate.name, 0] = [candidate]
-    for (parent, _), members in groups.items():
-        whole = Candidate(parent, "moe", set().union(*(member.weights for member in members)))
-        yield [whole, *members] if len(members) in (2, 3) else members[:1]
-        yield from ([member] for member in members[1:] if len(members) > 3)
+            siblings[candidate.name, 0] = [candidate]
+    for (parent, _), members in siblings.items():
+        if len(members) in (2, 3):
+            yield [Candidate(parent, "moe", set().union(*(member.weights for member in members))), *members]
+            continue
+        for member in members:
+            parts = sorted(member.groups, key=len, reverse=True) if len(member.groups) > 1 else []
+            yield [member, *(Candidate(member.name, "moe", part) for part in parts)]
 
 
 def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:

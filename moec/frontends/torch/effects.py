@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moec.frontends.torch.contained import ABSENT, PLAIN
 from moec.frontends.torch.reads import Reads, classes_of, reads_of
 from moec.frontends.torch.snapshot import Snapshot, same, version
 
@@ -95,6 +96,19 @@ class Watch:
             now = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
             found += [f"sets attribute {prefix + k!r}" for k in now if k not in before or not same(now[k], before[k])]
         return list(dict.fromkeys([*found, *self.held.changes(), *self.outside.changes()]))
+
+    def assigned(self) -> dict[str, tuple[Any, Any]]:
+        """Plain attributes of submodules that differ now: name -> (before, now)."""
+        return {
+            f"{name}.{key}": (before.get(key, ABSENT), value)
+            for name, child, before, _ in self.state
+            for key, value in child.__dict__.items()
+            if name
+            and key not in _MACHINERY
+            and type(value) in PLAIN
+            and type(before.get(key)) in PLAIN
+            and before.get(key, ABSENT) != value
+        }
 
     def undo(self) -> None:
         """Restore random state, buffers, attributes, and what lies outside."""

@@ -95,7 +95,7 @@ def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, sto
 def _roles(call: SlicedCall) -> Roles:
     given = call.sliced
     selector, weights = (None if one is None else name for one, name in ((given.selector, "ids"), (given.weights, "w")))
-    return Roles("x", selector, weights, call.form, slots=call.num_slots)
+    return Roles("x", selector, weights, call.form, slots=call.num_slots, scale=call.scale)
 
 
 def _reader(names: Sequence[str]) -> Callable[[torch.nn.Module], Sequence[torch.Tensor]]:

@@ -141,8 +141,10 @@ def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int]
         sources = [i for i in log.writers(slot, at) if i > since]
         made = log.makers(slot, at)
         if made and (y is None or slot != y[0]):
-            # The same view may have been taken inside a call first, which does not hand it out.
-            shown = (i for i in made if i < blocks.site.start or (i in by_entry and slot in by_entry[i].results))
+            # The same view may be taken more than once, also inside a call that does not hand it out.
+            shown = (
+                i for i in reversed(made) if i < blocks.site.start or (i in by_entry and slot in by_entry[i].results)
+            )
             sources.append(next(shown, made[0]))
         for index in sources:
             if index < blocks.site.start:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -30,11 +30,14 @@ from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed, users_code
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
+from moec.frontends.torch.placed import fit_places, lift_placed
 from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
 from moec.frontends.torch.recorder import record
-from moec.frontends.torch.routedslice import Reading, analyse_slice
+from moec.frontends.torch.routedslice import Reading, Seen, Unsolved, analyse_slice, observe_experts
 from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
 from moec.frontends.torch.sizes import Size, solve
+from moec.frontends.torch.solve import solve_routed
+from moec.frontends.torch.solveplaced import solve_placed
 from moec.frontends.torch.tail import with_tail
 from moec.verify import Probe
 
@@ -87,11 +90,45 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         )
 
     reading = read(log)
-    for site in sorted((s for s in log.sites if s.covers(reading.entries)), key=lambda s: s.end - s.start):
+    for site in _sites(log, reading):
         roles = fit_roles(log, site, reading.body, params, routed=True)
         if roles is not None:
             return _direct(log, site, roles, reading, params, read)
-    return analyse_slice(driver, params, read)
+    observed = cache(partial(observe_experts, driver, read))
+    try:
+        return analyse_slice(observed, params, solve_routed)
+    except NotLifted as reason:
+        first = reason
+    try:
+        return _by_places(log, reading, params, read, observed)
+    except NotLifted as reason:
+        raise first if isinstance(reason, Unsolved) or not isinstance(first, Unsolved) else reason from None
+
+
+def _by_places(
+    log: Log,
+    reading: Reading,
+    params: Mapping[str, torch.Tensor],
+    read: Callable[[Log], Reading],
+    observed: Callable[[], Seen],
+) -> Lifted:
+    """The layer as experts that take rows by position: a call that is just that, or a slice of a block.
+
+    Raises NotLifted with the reason.
+    """
+    for site in _sites(log, reading):
+        found = fit_places(log, site, reading.body, params)
+        try:
+            if found is not None:
+                return lift_placed(log, site, found, reading, params, read)
+        except NotLifted:
+            continue
+    return analyse_slice(observed, params, solve_placed)
+
+
+def _sites(log: Log, reading: Reading) -> list[Site]:
+    """Calls that hold all of the experts, smallest first."""
+    return sorted((s for s in log.sites if s.covers(reading.entries)), key=lambda s: s.end - s.start)
 
 
 def _direct(

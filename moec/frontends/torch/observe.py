@@ -6,8 +6,9 @@ B sequences, S positions, D width, T = B * S tokens.
 from __future__ import annotations
 
 import copy
+import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.binding import Binder
+from moec.frontends.torch.contained import contained
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.oplog import Log, Ref
@@ -76,14 +78,66 @@ class Driver:
         try:
             with users_code(self.path):
                 log = record(self.module, args, kwargs, path=self.path)
-            return log, watch.changes()
+            effects = watch.changes()
+            return log, self._others(log, effects, watch) if effects else []
         finally:
             watch.undo()
 
+    def _others(self, log: Log, effects: list[str], watch: Watch) -> list[str]:
+        """The effects but for attributes that modules set on themselves; the log keeps the names of those."""
+        changed = watch.assigned()
+        phrases = {f"sets attribute {name!r}": name for name in changed}
+        if not changed or not set(effects) <= set(phrases):
+            return effects
+
+        def again() -> None:
+            args, kwargs = tree_map(_own, (self.args, self.kwargs))
+            with users_code(self.path), torch.no_grad():
+                self.module(*args, **kwargs)
+
+        found = contained(log, self.module, self.path, changed, again)
+        log.contained = frozenset(f"{self.path}.{name}".lstrip(".") for name in found)
+        return [effect for effect in effects if phrases[effect] not in found]
+
+    @property
+    def main(self) -> torch.Tensor | None:
+        """The tokens among the arguments: the first float tensor [T, D] or [B, S, D]."""
+        leaves = tree_flatten((self.args, self.kwargs))[0]
+        return next((v for v in leaves if isinstance(v, torch.Tensor) and is_tokens(v)), None)
+
     def with_input(self, x: torch.Tensor) -> Driver:
-        """The same driver on another value of its one tensor argument."""
-        args, kwargs = tree_map(lambda v: x if isinstance(v, torch.Tensor) else v, (self.args, self.kwargs))
+        """The same driver on other tokens; other tensors, such as masks, repeated or cut to fit."""
+        main = self.main
+        assert main is not None
+        sizes = fitting(main.shape, x.shape)
+
+        def other(value: Any) -> Any:
+            if value is main:
+                return x
+            return resized(value, sizes(value.shape)) if isinstance(value, torch.Tensor) else value
+
+        args, kwargs = tree_map(other, (self.args, self.kwargs))
         return Driver(self.path, self.module, args, kwargs, self.width, self.rank)
+
+
+def is_tokens(value: torch.Tensor) -> bool:
+    """Whether a tensor may hold tokens."""
+    return value.is_floating_point() and value.dim() in (2, 3)
+
+
+def fitting(old: Sequence[int], new: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    """How the shapes of other tensors change with that of the tokens: sizes that are theirs, or all of them, follow."""
+    follow = {math.prod(old[:-1]): math.prod(new[:-1])}
+    follow.update(reversed(list(zip(old[:-1], new[:-1], strict=True))))
+    return lambda shape: tuple(new[0] if not i and n == old[0] else follow.get(n, n) for i, n in enumerate(shape))
+
+
+def resized(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor repeated, or cut, to a shape."""
+    for axis, size in enumerate(shape):
+        if value.shape[axis] != size:
+            value = value.index_select(axis, torch.arange(size, device=value.device) % max(1, value.shape[axis]))
+    return value.contiguous()
 
 
 @dataclass
@@ -132,10 +186,9 @@ class Drivers:
             path = path.rpartition(".")[0] if path else None
 
     def _alike(self, seen: Driver) -> Iterator[Driver]:
-        """A captured call with fresh numbers in its one float tensor, then the call as it was."""
-        leaves = [v for v in tree_flatten((seen.args, seen.kwargs))[0] if isinstance(v, torch.Tensor)]
-        if len(leaves) == 1 and leaves[0].is_floating_point() and leaves[0].dim() in (2, 3):
-            x = leaves[0]
+        """A captured call with fresh numbers for its tokens, then the call as it was."""
+        x = seen.main
+        if x is not None and all(x.shape):
             shape = (2, 20, x.shape[-1]) if x.dim() == 3 else (40, x.shape[-1])
             made = seen.with_input(tokens(shape, x.dtype, 1, device=x.device))
             yield Driver(made.path, made.module, made.args, made.kwargs, x.shape[-1], x.dim())

@@ -8,7 +8,6 @@ tensor at any moment of the run can be asked for.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,45 +15,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from moec.frontends.torch.extent import Extent
+
 HOST_READ = "host_read"
 # A copy of a written storage larger than this is not kept: such tensors are never rows, weights or outputs of a probe.
 _HISTORY_LIMIT = 64 << 20
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where in its storage a tensor lies, in bytes: runs of `size` that start at `first` plus multiples of `step`."""
-
-    first: int
-    last: int
-    step: int
-    size: int
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Extent:
-        """The tensor's own."""
-        width = tensor.element_size()
-        first = int(tensor.storage_offset()) * width
-        if not tensor.numel():
-            return Extent(first, first, 0, width)
-        size, steps = width, []
-        for stride, count in sorted((s * width, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-            if stride <= size:
-                size += stride * (count - 1)
-            elif count > 1:
-                steps.append(stride)
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * width + width
-        return Extent(first, first + last, math.gcd(*steps), size)
-
-    def meets(self, other: Extent) -> bool:
-        """Whether a byte may be in both; interleaved runs are told apart by what their steps have in common."""
-        if self.first >= other.last or other.first >= self.last:
-            return False
-        step = math.gcd(self.step, other.step)
-        if not step:
-            return True
-        apart = (other.first - self.first) % step
-        return apart < self.size or step - apart < other.size
 
 
 @dataclass(frozen=True)
@@ -125,6 +90,8 @@ class Site:
     parent: Site | None
     end: int = -1
     result: Any = None
+    assigned: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Plain attributes of the module that the call changed: name -> (before, after)."""
 
     @property
     def label(self) -> str:
@@ -145,6 +112,10 @@ class Log:
     params: dict[int, str] = field(default_factory=dict)
     owned: dict[str, torch.Tensor] = field(default_factory=dict)
     result: Any = None
+    contained: frozenset[str] = frozenset()
+    """Attributes that the run set, each within calls of its own module alone."""
+    asserting: bool = False
+    """Set while code looks at values only to check them."""
 
     def __post_init__(self) -> None:
         self._slots: dict[Any, int] = {}

@@ -42,18 +42,22 @@ class Step:
     text: str
 
 
+_RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
+
+
 class Aligned:
     """Slots of several logs of one block, matched to the slots of the first."""
 
     def __init__(self, logs: Sequence[Log], shapes: Sequence[tuple[int, ...]], prefix: str) -> None:
         self.logs, self.shapes = logs, shapes
         self.prefix = f"{prefix}." if prefix else ""
-        self.match: dict[int, tuple[int, ...]] = {}
+        # What is one tensor in the first log, such as a view taken twice, may be several in another.
+        self.match: dict[int, dict[tuple[int, ...], None]] = {}
 
     def tie(self, trees: Sequence[Any]) -> None:
         """The tensors of these trees (one per log) correspond."""
         for same in zip(*(slots(tree) for tree in trees), strict=True):
-            self.match.setdefault(same[0], same)
+            self.match.setdefault(same[0], {})[same] = None
 
     def step(self, items: Sequence[Item]) -> Step:
         """One step from the corresponding items of all logs."""
@@ -62,11 +66,33 @@ class Aligned:
             raise NotLifted(
                 f"{head.name} at one shape is {next(i.name for i in items if i.name != head.name)} at another"
             )
-        arguments = self.tree([item.arguments for item in items], head.name)
+        given: Sequence[Any] = [item.arguments for item in items]
+        if head.name in _RESHAPES:
+            given = self._inferred(given)
+        arguments = self.tree(given, head.name)
         self.tie([item.outputs for item in items])
         outs = tuple(leaf.slot if isinstance(leaf, Ref) else None for leaf in tree_flatten(head.outputs)[0])
         path = head.site.path.removeprefix(self.prefix) if head.site is not None else None
-        return Step(head.entry.op if head.entry is not None else None, path, arguments, outs, head.name)
+        return Step(self._op(head), path, arguments, outs, head.name)
+
+    def _op(self, item: Item) -> Any:
+        """The operation; a view that nobody writes through may be a copy, for inputs whose strides allow no view."""
+        if item.entry is None:
+            return None
+        log = self.logs[0]
+        alone = item.name == "view" and not log.writers(item.results[0], len(log.entries))
+        return torch.ops.aten.reshape.default if alone else item.entry.op
+
+    def _inferred(self, trees: Sequence[Any]) -> Sequence[Any]:
+        """Sizes of a reshape with -1 for the one that is no size of the input: it follows from the others."""
+        sizes = [args[1] if len(args) > 1 else () for args, _ in trees]
+        if len({len(size) for size in sizes}) != 1:
+            return trees
+        unknown = [i for i, same in enumerate(zip(*sizes, strict=True)) if solve(same, self.shapes) is None]
+        if len(unknown) != 1:
+            return trees
+        inferred = [[-1 if i == unknown[0] else n for i, n in enumerate(size)] for size in sizes]
+        return [((args[0], size, *args[2:]), kwargs) for (args, kwargs), size in zip(trees, inferred, strict=True)]
 
     def tree(self, trees: Sequence[Any], where: str) -> Any:
         """The first tree with its leaves made to hold at every shape."""
@@ -94,7 +120,7 @@ class Aligned:
         return first
 
     def _tensor(self, same: list[int], where: str) -> Any:
-        if self.match.get(same[0]) == tuple(same):
+        if tuple(same) in self.match.get(same[0], ()):
             return Ref(same[0])
         names = {log.param_of(slot) for log, slot in zip(self.logs, same, strict=True)}
         tensor = self.logs[0].tensors[same[0]]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.frontends.torch.bounds import check_indices, on_gpu
+from moec.frontends.torch.contained import ABSENT, plain_attributes
 from moec.frontends.torch.oplog import HOST_READ, Log, Site
 
 # They read memory without an ATen call.
@@ -57,6 +58,8 @@ class _AtenRecorder(TorchDispatchMode):
             check_indices(func, args)
         out = func(*args, **kwargs)
         self.log.append(func, args, kwargs, out, written)
+        if self.log.asserting:
+            return out
         if type(out) in (int, float, bool):
             self.log.append(HOST_READ, args, {}, None, ())
         elif torch.Tag.dynamic_output_shape in func.tags:
@@ -72,9 +75,18 @@ class _HostReadRecorder(TorchFunctionMode):
         self.log = log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _HOST_READS:
+        name = getattr(func, "__name__", "")
+        if name in _HOST_READS:
             self.log.append(HOST_READ, args[:1], {}, None, ())
-        return func(*args, **(kwargs or {}))
+        if name != "one_hot":
+            return func(*args, **(kwargs or {}))
+        # It looks at its values to check them against the number of classes, or to find that number: no branch then.
+        classes = args[1] if len(args) > 1 else (kwargs or {}).get("num_classes", -1)
+        self.log.asserting = classes != -1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.log.asserting = False
 
 
 class _Recorder:
@@ -94,11 +106,16 @@ class _Recorder:
         )
         log.sites.append(site)
         self.state.open = site
+        before = plain_attributes(self.module)
         try:
             result = self.call(*args, **kwargs)
         finally:
             self.state.open = site.parent
             site.end = len(log.entries)
+        now = plain_attributes(self.module)
+        if now != before:
+            both = {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in {**before, **now}}
+            site.assigned = {name: values for name, values in both.items() if values[0] != values[1]}
         site.result = log.refs(result)
         return result
 

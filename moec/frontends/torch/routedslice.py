@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,12 +15,12 @@ from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
-from moec.frontends.torch.solve import Nearest, solve_routed
+from moec.frontends.torch.solve import Nearest, Solution
 
 _TRIES = 6
 
 
-class _Unsolved(NotLifted):
+class Unsolved(NotLifted):
     """No tensors of a block satisfy the formula."""
 
 
@@ -33,9 +33,13 @@ class Reading:
     reached: frozenset[object]
 
 
-def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Callable[[Log], Reading]) -> Lifted:
+Seen = tuple[list[Observed], list[Log], Body]
+Solve = Callable[[Blocks, Body, Mapping[str, torch.Tensor], Nearest], Solution | None]
+
+
+def analyse_slice(observed: Callable[[], Seen], params: Mapping[str, torch.Tensor], solve: Solve) -> Lifted:
     """Slice the smallest block around the experts that can be; raises NotLifted with the reason for the smallest."""
-    seen, more, body = _observe(driver, read)
+    seen, more, body = observed()
     reasons: list[NotLifted] = []
     for site in sites_of(seen[0])[:4]:
         for opened in (False, True):
@@ -43,12 +47,12 @@ def analyse_slice(driver: Driver, params: Mapping[str, torch.Tensor], read: Call
             if opened and all(item.site is None for item in split(seen[0].log, site, seen[0].entries).items):
                 continue
             try:
-                return _slice(site, seen, more, body, params, blocks, opened=opened)
+                return _slice(site, seen, more, body, params, blocks, solve, opened=opened)
             except NotLifted as reason:
                 reasons.append(reason)
     # How far a cut came says more than that another block does not hold the formula.
-    far = [reason for reason in reasons if not isinstance(reason, _Unsolved)] or reasons
-    raise NotLifted(str(far[0]), far[0].shown) if far else NotLifted("no call holds all of the experts")
+    far = [reason for reason in reasons if not isinstance(reason, Unsolved)] or reasons
+    raise far[0] if far else NotLifted("no call holds all of the experts")
 
 
 def _slice(
@@ -58,21 +62,26 @@ def _slice(
     body: Body,
     params: Mapping[str, torch.Tensor],
     blocks: Blocks,
+    solve: Solve,
     *,
     opened: bool,
 ) -> Lifted:
     """The site sliced around its experts; raises NotLifted with the reason."""
     name = site.label or "the model"
     nearest = Nearest()
-    solution = solve_routed(blocks, body, params, nearest)
+    solution = solve(blocks, body, params, nearest)
     if solution is None:
         why = "no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
-        raise _Unsolved(f"{name}: {why}", nearest.text)
+        raise Unsolved(f"{name}: {why}", nearest.text)
+    body = replace(body, identities=solution.identities)
     for other in seen[1:]:
         same_site(site, other.log)
+    if solution.identities:
+        name = f"{name}, tokens without an expert as they are,"
+    how = solution.places.text() if solution.places is not None else f"{solution.num_slots} per token"
     evidence = (
         f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
-        f"{body.experts} experts, all of them seen at work and unified; {solution.num_slots} per token",
+        f"{body.experts} experts, all of them seen at work and unified; {how}",
         f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
     )
     return slice_at(site, seen, solution, body, params, evidence, more, opened=opened)
@@ -91,7 +100,7 @@ def _toward_experts(module: torch.nn.Module, probe: torch.Tensor, experts: int) 
     return tokens.view(probe.shape)
 
 
-def _observe(driver: Driver, read: Callable[[Log], Reading]) -> tuple[list[Observed], list[Log], Body]:
+def observe_experts(driver: Driver, read: Callable[[Log], Reading]) -> Seen:
     """Logs at several shapes, more that were needed until every expert had run, and the body unified over all."""
     x = single_input(driver)
     seen: list[Observed] = []

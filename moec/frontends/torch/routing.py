@@ -58,15 +58,41 @@ def from_mask(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int,
     return torch.where(count > 0, chosen.to(torch.uint8).argmax(-1), experts), _slotted(weights, tokens, slots)
 
 
+def from_unit_mask(
+    selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int
+) -> Routing:
+    """A one-hot row per token, or a row of zeros; every weight is one (`weights` only lends its dtype)."""
+    ones = torch.ones(tokens, slots, dtype=weights.dtype, device=weights.device)
+    return from_mask(selector, ones, tokens, experts, slots)
+
+
 def from_dense(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
     """A weight for every token and expert; zero means the expert is not asked."""
     gates = _slotted(weights, tokens, experts)
+    # With one weight that is no number a token's result is none, whoever else is asked: any experts will do for it.
+    lost = gates.isnan().any(-1, keepdim=True)
+    gates = gates.masked_fill(lost, float("nan"))
     asked = gates != 0
-    if tokens and int(asked.sum(-1).max()) > slots:
+    if tokens and int((asked.sum(-1) * ~lost[:, 0]).max()) > slots:
         raise Unusual(f"a token asks more than {slots} experts")
     every = torch.arange(experts, device=gates.device)
     chosen = torch.where(asked, every, experts).sort(-1).values[:, :slots]
     return chosen, gates.gather(-1, chosen.clamp(max=experts - 1)).masked_fill(chosen == experts, 0)
 
 
-FORMS: dict[str, Form] = {"indices": from_indices, "unit": from_unit_indices, "mask": from_mask, "dense": from_dense}
+def from_places(selector: torch.Tensor | None, weights: torch.Tensor, tokens: int, experts: int, slots: int) -> Routing:
+    """Rows in the order of their experts, equally many for each; every weight is one."""
+    if tokens % experts:
+        raise Unusual(f"{tokens} rows are not equally many for each of {experts} experts")
+    chosen = torch.arange(experts, device=weights.device).repeat_interleave(tokens // experts)[:, None]
+    return chosen, torch.ones(chosen.shape, dtype=weights.dtype, device=weights.device)
+
+
+FORMS: dict[str, Form] = {
+    "indices": from_indices,
+    "unit": from_unit_indices,
+    "mask": from_mask,
+    "unit mask": from_unit_mask,
+    "dense": from_dense,
+    "places": from_places,
+}

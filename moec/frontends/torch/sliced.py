@@ -14,13 +14,29 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.dropped import check_replaced, check_writes
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks, Item, needed
+from moec.frontends.torch.observe import is_tokens
 from moec.frontends.torch.oplog import HOST_READ, Ref, slots
 from moec.frontends.torch.program import Aligned, Step
+from moec.frontends.torch.sizes import Size, solve
 from moec.frontends.torch.solve import Solution
 from moec.frontends.torch.straight import Straight, used_by, write_out
 
 # They take sizes from what they read, no values.
 _SHAPE_ONLY = frozenset(name for fill in ("zeros", "ones", "full", "empty") for name in (f"{fill}_like", f"new_{fill}"))
+
+
+@dataclass(frozen=True)
+class More:
+    """A tensor that the block takes beside its tokens, such as a mask; its sizes follow from those of the tokens."""
+
+    name: str
+    slot: int
+    shape: tuple[int | Size, ...]
+    dtype: torch.dtype
+
+    def sizes(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Its shape beside tokens of these sizes."""
+        return tuple(n if isinstance(n, int) else n(dims) for n in self.shape)
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Slice:
     y_dtype: torch.dtype
     input_slot: int
     result: Any
+    more: tuple[More, ...] = ()
 
     @functools.cached_property
     def carried(self) -> tuple[int, ...]:
@@ -47,9 +64,9 @@ class Slice:
 
     @functools.cached_property
     def to_experts(self) -> Straight:
-        """(module, dims, input) -> x, selector, weights, the shape of y, and the tensors of `carried`."""
-        carried = tuple(map(Ref, self.carried))
-        return write_out(self.before, (self.input_slot,), (self.x, self.selector, self.weights, self.y_shape, carried))
+        """(module, dims, input, *more) -> x, selector, weights, the shape of y, and the tensors of `carried`."""
+        carried, takes = tuple(map(Ref, self.carried)), (self.input_slot, *(m.slot for m in self.more))
+        return write_out(self.before, takes, (self.x, self.selector, self.weights, self.y_shape, carried))
 
     @functools.cached_property
     def from_experts(self) -> Straight:
@@ -77,7 +94,7 @@ def slice_block(
     """
     main = parts[0]
     log, site = main.log, main.site
-    name, dims = _single_input(parts)
+    name, dims, more = _inputs(parts)
     heads = [(s, main.first) for s in (found.x, found.selector, found.weights) if s is not None]
     ends = [(s, site.end) for s in slots(site.result)]
     y = (found.y, found.complete)
@@ -102,30 +119,60 @@ def slice_block(
     )
     y_slots = _y_slots(parts, aligned, found, outs)
     shapes = [tuple(p.log.tensors[s].shape) for p, s in zip(parts, y_slots, strict=True)]
-    aligned.match[found.y] = tuple(y_slots)
+    aligned.match[found.y] = {tuple(y_slots): None}
     second = tuple(aligned.step(_counterparts(parts, item)) for item in after)
     result = aligned.tree([p.site.result for p in parts], "the block's result")
     bound = Binder(getattr(site.module, site.method))(site.args, site.kwargs)
-    others = {k: v for k, v in bound.items() if k != name}
-    y_shape, y_dtype = tuple(aligned.tree(shapes, "y")), log.tensors[found.y].dtype
-    return Slice(name, others, first, second, x, selector, weights, found.y, y_shape, y_dtype, bound[name].slot, result)
+    others = {k: v for k, v in bound.items() if k not in (name, *(m.name for m in more))}
+    # Where rows are placed by position, the shape of y follows from that of x.
+    y_shape = () if found.places is not None else tuple(aligned.tree(shapes, "y"))
+    y_dtype = log.tensors[found.y].dtype
+    return Slice(
+        name, others, first, second, x, selector, weights, found.y, y_shape, y_dtype, bound[name].slot, result, more
+    )
 
 
 def _matching(aligned: Aligned, slot: int) -> tuple[int, ...]:
     if slot not in aligned.match:
         raise NotLifted("x, experts or weights are not computed by the block itself")
-    return aligned.match[slot]
+    return next(reversed(aligned.match[slot]))
 
 
-def _single_input(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]]]:
-    """Name of the one tensor argument and its shape in each log."""
-    site = parts[0].site
+def tokens_of(part: Blocks) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the tokens among the block's arguments: the first float tensor [T, D] or [B, S, D]."""
+    site = part.site
     bound = Binder(getattr(site.module, site.method))(site.args, site.kwargs)
-    tensors = [n for n, v in bound.items() if isinstance(v, Ref)]
-    if len(tensors) != 1 or len(slots((site.args, site.kwargs))) != 1:
-        raise NotLifted(f"the block takes {len(slots((site.args, site.kwargs)))} tensors; a sliced block takes one")
-    given = [slots((p.site.args, p.site.kwargs)) for p in parts]
-    return tensors[0], [tuple(p.log.tensors[g[0]].shape) for p, g in zip(parts, given, strict=True)]
+    for name, value in bound.items():
+        if isinstance(value, Ref) and is_tokens(part.log.tensors[value.slot]):
+            return name, tuple(part.log.tensors[value.slot].shape)
+    found = [part.log.tensors[slot] for slot in slots((site.args, site.kwargs))]
+    if len(found) == 1:
+        return next(n for n, v in bound.items() if isinstance(v, Ref)), tuple(found[0].shape)
+    raise NotLifted(f"the block takes {len(found)} tensors, and none of them is tokens")
+
+
+def _inputs(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]], tuple[More, ...]]:
+    """The tokens' name, their shape in each log, and the other tensors that the block takes."""
+    found = [tokens_of(part) for part in parts]
+    name, dims = found[0][0], [shape for _, shape in found]
+    more: list[More] = []
+    binder = Binder(getattr(parts[0].site.module, parts[0].site.method))
+    given = [binder(p.site.args, p.site.kwargs) for p in parts]
+    names = [n for n, v in given[0].items() if isinstance(v, Ref)]
+    if any(len(slots((p.site.args, p.site.kwargs))) != len(names) for p in parts):
+        raise NotLifted("the block takes tensors within other arguments")
+    for other in names:
+        if other == name:
+            continue
+        if not all(isinstance(bound.get(other), Ref) for bound in given):
+            raise NotLifted(f"the block takes {other} at some shapes only")
+        shapes = [tuple(p.log.tensors[bound[other].slot].shape) for p, bound in zip(parts, given, strict=True)]
+        sizes = [solve(same, dims) for same in zip(*shapes, strict=False)]
+        if len(set(map(len, shapes))) != 1 or any(size is None for size in sizes):
+            raise NotLifted(f"the shape of {other} does not follow from that of the tokens")
+        tensor = parts[0].log.tensors[given[0][other].slot]
+        more.append(More(other, given[0][other].slot, tuple(s for s in sizes if s is not None), tensor.dtype))
+    return name, dims, tuple(more)
 
 
 def _check_reads(blocks: Blocks, found: Solution) -> None:
@@ -144,12 +191,15 @@ def _check_reads(blocks: Blocks, found: Solution) -> None:
 def _from_choice(blocks: Blocks, choice: frozenset[int], slot: int, at: int) -> bool:
     """True if the value comes from the tensors in `choice` alone, looking no further than those."""
     log = blocks.log
+    given = slots((blocks.site.args, blocks.site.kwargs))
     seen: set[int] = set()
     todo = [(slot, at)]
     while todo:
         current, moment = todo.pop()
         if current in choice:
             continue
+        if current in given:
+            return False
         made = log.producer(current)
         sources = [*log.writers(current, moment), *([made] if made is not None else [])]
         if not sources and (log.tensors[current].is_floating_point() or log.param_of(current) is not None):
@@ -187,7 +237,7 @@ def _y_slots(parts: Sequence[Blocks], aligned: Aligned, found: Solution, outs: S
     if found.y == outs[0]:
         return [out for out in outs if out is not None]
     if found.y in aligned.match:
-        return list(aligned.match[found.y])
+        return list(_matching(aligned, found.y))
     main = parts[0]
     made = next((i for i in main.items if found.y in i.results), None)
     if made is None:

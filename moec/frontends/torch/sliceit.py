@@ -16,17 +16,18 @@ from torch.utils._pytree import tree_flatten
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
+from moec.frontends.torch.direct import tensors_of
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.instances import NotLifted, Unsuited
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
-from moec.frontends.torch.observe import Driver
+from moec.frontends.torch.observe import Driver, resized
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log, Site, slots
+from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import counts, inputs
-from moec.frontends.torch.sliced import slice_block
+from moec.frontends.torch.sliced import Slice, slice_block, tokens_of
 from moec.frontends.torch.solve import Solution
 from moec.ir import Region
 from moec.verify import Probe
@@ -52,11 +53,11 @@ def observe_shapes(driver: Driver) -> Iterator[tuple[Log, list[str]]]:
 
 
 def single_input(driver: Driver) -> torch.Tensor:
-    """The one float tensor among the driver's arguments; raises NotLifted when there is another number of them."""
-    found = [v for v in tree_flatten((driver.args, driver.kwargs))[0] if isinstance(v, torch.Tensor)]
-    if len(found) != 1 or found[0].dim() not in (2, 3) or not found[0].is_floating_point():
-        raise Unsuited("a block is sliced when it takes one tensor [T, D] or [B, S, D]")
-    return found[0]
+    """The tokens among the driver's arguments; raises NotLifted when there are none."""
+    found = driver.main
+    if found is None:
+        raise Unsuited("a block is sliced when it takes a tensor of tokens, [T, D] or [B, S, D]")
+    return found
 
 
 def sites_of(first: Observed) -> list[Site]:
@@ -86,7 +87,8 @@ def slice_at(
     """The lifted layer that slices `site`; the solution is for the first log, `more` reach experts `seen` do not."""
     parts = [split(o.log, same_site(site, o.log), o.entries, opened=opened) for o in seen]
     _enclosed(parts)
-    sliced = slice_block(parts, solution, [o.out for o in seen], body, seen[0].entries)
+    sliced = _sliced(parts, solution, [o.out for o in seen], body, seen[0].entries)
+    _check_assigned(site, sliced, [*(o.log for o in seen), *more])
     log = seen[0].log
     given = log.tensors[sliced.input_slot]
     call = SlicedCall(
@@ -100,6 +102,9 @@ def slice_at(
         inputs=body.inputs,
         width=given.shape[-1],
         ids=_ids(log, solution, body),
+        places=solution.places,
+        scale=solution.scale,
+        spread=solution.spread,
     )
     # What made an expert run while observing is compared by value too: a rare expert may be treated as none other is.
     reached = [_given(site, found) for found in (*(o.log for o in seen), *more)]
@@ -120,6 +125,34 @@ def slice_at(
     )
 
 
+def _sliced(
+    parts: Sequence[Blocks], solution: Solution, outs: Sequence[int | None], body: Body, named: tuple[int, ...]
+) -> Slice:
+    """The slice that holds for all shapes.
+
+    Operations such as einsum leave out sizes of one: what they do for others serves those too, which is verified.
+    """
+    try:
+        return slice_block(parts, solution, outs, body, named)
+    except NotLifted:
+        shapes = [shape for _, shape in map(tokens_of, parts)]
+        wide = [i for i, shape in enumerate(shapes) if 1 not in shape]
+        if len(wide) == len(parts) or len(wide) < 3 or wide[0] != 0:
+            raise
+        return slice_block([parts[i] for i in wide], solution, [outs[i] for i in wide], body, named)
+
+
+def _check_assigned(site: Site, sliced: Slice, logs: Sequence[Log]) -> None:
+    """Refuse a slice that would lose a call in which a submodule sets an attribute of its own."""
+    lead = f"{site.path}." if site.path else ""
+    for name in sorted(frozenset().union(*(log.contained for log in logs))):
+        owner = name.rpartition(".")[0]
+        inside = not lead or f"{owner}.".startswith(lead)
+        kept = any(f"{owner.removeprefix(lead)}.".startswith(f"{path}.") for path in sliced.kept)
+        if inside and not kept:
+            raise NotLifted(f"the block sets attribute {name!r}")
+
+
 def _region(name: str, log: Log, solution: Solution, body: Body, params: Mapping[str, torch.Tensor]) -> Region:
     dtype = common_dtype(body, params, log.tensors[solution.x].dtype)
     if solution.form is None:
@@ -136,12 +169,11 @@ def _ids(log: Log, solution: Solution, body: Body) -> Ids | None:
     return Ids.seen(log.value(solution.selector), body.experts)
 
 
-def _given(site: Site, log: Log) -> torch.Tensor:
-    """The tensor the site was called with."""
+def _given(site: Site, log: Log) -> dict[str, torch.Tensor]:
+    """The tensors the site was called with, by name."""
     found = same_site(site, log)
-    value = log.value(slots((found.args, found.kwargs))[0], found.start)
-    assert value is not None
-    return value.clone()
+    bound = Binder(getattr(site.module, site.method))(found.args, found.kwargs)
+    return {name: value.clone() for name, value in tensors_of(log, bound, found.start).items()}
 
 
 def _enclosed(parts: Sequence[Blocks]) -> None:
@@ -156,12 +188,16 @@ def _probes(
     solution: Solution,
     params: Mapping[str, torch.Tensor],
     given: torch.Tensor,
-    reached: Sequence[torch.Tensor],
+    reached: Sequence[Mapping[str, torch.Tensor]],
 ) -> Iterator[Probe]:
     sizes = counts(site.module, body, solution.num_slots)
-    made = inputs(given.dim(), given.shape[-1], given.dtype, given.device, sizes)
-    for label, x in (*made, *((f"observed input {i}", x) for i, x in enumerate(reached))):
-        bound = {**call.sliced.others, call.sliced.x_name: x}
+    name, more = call.sliced.x_name, call.sliced.more
+    made = (
+        (label, {name: x, **{m.name: resized(reached[0][m.name], m.sizes(x.shape)) for m in more}})
+        for label, x in inputs(given.dim(), given.shape[-1], given.dtype, given.device, sizes)
+    )
+    for label, tensors in (*made, *((f"observed input {i}", tensors) for i, tensors in enumerate(reached))):
+        bound = {**call.sliced.others, **tensors}
         args, kwargs = call.binder.unbind(bound)
         yield Probe(
             label,

@@ -6,6 +6,7 @@ earliest complete y are taken, so that nothing the user's code does to them in b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +14,11 @@ from functools import partial
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.direct import near
+from moec.frontends.torch.direct import factors, near, spread_over, spreads
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks
 from moec.frontends.torch.oplog import Log, slots
+from moec.frontends.torch.places import Places
 from moec.frontends.torch.replay import replay
 from moec.frontends.torch.routing import FORMS
 from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
@@ -40,6 +42,13 @@ class Solution:
     complete: int
     on_input: bool
     routing: tuple[int, ...] = ()
+    places: Places | None = None
+    scale: float = 1.0
+    """A number that every weight is multiplied by."""
+    identities: int = 0
+    """Experts behind the last that return their input: here the one of tokens that no expert took."""
+    spread: bool = False
+    """One choice holds for all tokens of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,9 @@ def solve_routed(
 ) -> Solution | None:
     """The solution for a mixture, None when no tensors of the log fit; `nearest` gets what came closest."""
     candidates = _before(blocks)
-    loose = 1e-4 if _precise(params, body) else 4e-2
+    loose = 1e-4 if is_precise(params, body) else 4e-2
     ends = list(_after(blocks, body, blocks.last))
+    scales = factors(blocks.log, blocks.first, blocks.site.end)
     wide = [c for c in candidates if c.value.is_floating_point() and c.value.dim() and c.value.shape[-1] == body.inputs]
     wide = [c for c in wide if not _chosen_rows(blocks, c.slot)]
     # Rows already repeated for their experts would do too, but the tokens themselves say more.
@@ -152,15 +162,19 @@ def solve_routed(
                 continue
             if form == "unit" and unclear:
                 raise NotLifted("the routing weights were one for every token probed: where they act cannot be told")
-            for on_input in (False, True) if form != "unit" else (False,):
+            for on_input in (False, True) if not form.startswith("unit") else (False,):
                 mine = outputs.combine(*chosen, on_input=on_input)
-                for slot, index, value in fitting:
-                    if near(mine, value, loose):
+                for (slot, index, value), scale in itertools.product(fitting, [1.0] if on_input else scales):
+                    found = (x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input)
+                    if near(mine * scale, value, loose):
                         same = _steering(blocks, selector, weights)
-                        found = Solution(
-                            x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input, same
-                        )
-                        return _told_apart(blocks, body, params, found, rows, chosen)
+                        spread = selector is not None and _is_spread(blocks, selector)
+                        solution = Solution(*found, routing=same, scale=scale, spread=spread)
+                        return _told_apart(blocks, body, params, solution, rows, chosen)
+                    left = outputs.left_alone(*chosen) if form == "unit mask" else None
+                    if left is not None and near(mine + left, value, loose):
+                        same = _steering(blocks, selector, weights)
+                        return Solution(*found, routing=same, identities=1)
                     if nearest is not None:
                         nearest.offer(mine, value, partial(_words, blocks.log, x, selector, weights, form, slot))
     return None
@@ -239,14 +253,14 @@ def solve_dense(blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor], 
         return None
     rows = x.reshape(-1, body.inputs).float()
     mine = body.expert(params, 0, rows)
-    loose = 1e-4 if _precise(params, body) else 4e-2
+    loose = 1e-4 if is_precise(params, body) else 4e-2
     for slot, index, value in _after(blocks, body, blocks.last):
         if value.numel() == mine.numel() and near(mine, value.reshape(mine.shape).float(), loose):
             return Solution(source, None, None, None, 1, slot, index, False)
     return None
 
 
-def _precise(params: Mapping[str, torch.Tensor], body: Body) -> bool:
+def is_precise(params: Mapping[str, torch.Tensor], body: Body) -> bool:
     return all(params[name].dtype in (torch.float32, torch.float64) for name in body.params)
 
 
@@ -271,6 +285,13 @@ class _ExpertOutputs:
                 gate = torch.where(experts == expert, weights.float(), 0.0).sum(-1, keepdim=True)
                 out += torch.where(gate != 0, gate * self.of(expert), 0.0)
         return out
+
+    def left_alone(self, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+        """The tokens that no expert took, zeros for the others; None where there are none, or widths differ."""
+        lost = experts == self.body.experts
+        if self.body.inputs != self.body.outputs or not bool(lost.any()):
+            return None
+        return self.rows * torch.where(lost, weights.float(), 0.0).sum(-1, keepdim=True)
 
 
 Routing = tuple[str, "_Candidate | None", "_Candidate | None", int]
@@ -297,11 +318,34 @@ def _routings(candidates: Sequence[_Candidate], x: _Candidate, tokens: int, expe
             )
             if fits and bool(((m.value == 0) | (m.value == 1)).all()):
                 yield "mask", m, w, w.value.numel() // tokens
-    for i in indices:
-        yield "unit", i, None, i.value.numel() // tokens
+    yield from _alone(candidates, pool, x, tokens, experts)
     for w in weights:
         if w.value.shape[-1:] == (experts,) and w.value.numel() == tokens * experts:
             yield "dense", None, w, max(1, int((w.value.reshape(tokens, experts) != 0).sum(-1).max()))
+
+
+def _alone(
+    candidates: Sequence[_Candidate], pool: Sequence[_Candidate], x: _Candidate, tokens: int, experts: int
+) -> Iterator[Routing]:
+    """Choices without weights."""
+    for m in pool:
+        if m.value.shape[-1:] == (experts,) and m.value.numel() == tokens * experts and _is_one_hot(m.value):
+            yield "unit mask", m, None, 1
+    for i in candidates:
+        if i is not x and _is_index(i.value, experts) and spreads(i.value, x.value.shape[:-1]):
+            yield "unit", _Candidate(i.slot, spread_over(i.value, x.value.shape[:-1]).flatten()), None, 1
+    for i in pool:
+        if _is_index(i.value, experts) and i.value.numel() // tokens <= _MOST_SLOTS:
+            yield "unit", i, None, i.value.numel() // tokens
+
+
+def _is_spread(blocks: Blocks, selector: _Candidate) -> bool:
+    held = blocks.log.value(selector.slot, blocks.first)
+    return held is not None and held.numel() != selector.value.numel()
+
+
+def _is_one_hot(value: torch.Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all()) and int((value != 0).sum(-1).max()) <= 1
 
 
 def _is_index(value: torch.Tensor, experts: int) -> bool:

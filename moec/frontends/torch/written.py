@@ -39,14 +39,21 @@ def write(call: Call) -> Written | None:
     """The cut as a function; None for a kind of cut that has none, or that has more to it than is written here."""
     if isinstance(call, DirectCall) and _known(call, _OF_DIRECT):
         return _direct(call)
-    if isinstance(call, SlicedCall) and _known(call, _OF_SLICED) and _known(call.sliced, _OF_SLICE):
+    if (
+        isinstance(call, SlicedCall)
+        and not call.sliced.more
+        and not call.spread
+        and call.places is None
+        and _known(call, _OF_SLICED)
+        and _known(call.sliced, _OF_SLICE)
+    ):
         return _sliced(call)
     return None
 
 
 _OF_DIRECT = "binder roles others dtype experts inputs out_shapes weight_dtype ids"
-_OF_SLICED = "binder sliced form num_slots rank dtype experts inputs width ids"
-_OF_SLICE = "x_name others before after x selector weights y_slot y_shape y_dtype input_slot result"
+_OF_SLICED = "binder sliced form num_slots rank dtype experts inputs width ids places scale spread"
+_OF_SLICE = "x_name others before after x selector weights y_slot y_shape y_dtype input_slot result more"
 
 
 def _known(value: Any, names: str) -> bool:

@@ -1,0 +1,1 @@
+"""On demand (`make test-thirdparty`): pinned packages with MoE layers that nobody here wrote."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moec.frontends.torch.calls import SlicedCall
+from moec.frontends.torch.routing import Unusual
 from tests.frontend_units.build import rand
 from tests.frontend_units.layers import Block, D, E, Expert, Routed, evaluated, lifted, made, mix, refusal, top
 
@@ -194,13 +195,21 @@ class AroundKept(nn.Module):
         return y
 
 
-def test_a_block_that_takes_two_tensors_is_cut_around_its_caller() -> None:
+def test_a_block_that_takes_two_tensors() -> None:
     model = AroundKept().eval()
     layer = lifted(model)
-    assert (layer.cut, layer.name) == ("slice", "")
-    x = rand(17, D)
+    assert (layer.cut, layer.name) == ("slice", "mlp")
+    x, keep = rand(17, D), rand(17, 1)
     with torch.no_grad():
-        torch.testing.assert_close(evaluated(layer, model, x), model(x))
+        torch.testing.assert_close(evaluated(layer, model, x, keep), model.mlp(x, keep))
+
+
+@pytest.mark.parametrize("keep", [torch.ones(16, 1), torch.ones(17, 1).double(), 1.0, torch.ones(17, 2)])
+def test_another_second_tensor_than_verified_is_unusual(keep: Any) -> None:
+    model = AroundKept().eval()
+    layer = lifted(model)
+    with pytest.raises(Unusual, match="argument keep"):
+        evaluated(layer, model, rand(17, D), keep)
 
 
 def test_a_hooked_submodule_stays_a_call() -> None:

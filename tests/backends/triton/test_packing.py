@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -154,7 +156,7 @@ def test_writes_are_seen_at_once(freed: Freed, device: torch.device) -> None:
     assert fast.moec.report.layers[0].fallbacks == 0
 
 
-def test_copies_pickles_and_files(freed: Freed, device: torch.device) -> None:
+def test_copies_pickles_and_files(freed: Freed, device: torch.device, tmp_path: Path) -> None:
     model, fast, *_ = freed
     x = torch.randn(5, D, device=device)
     with torch.no_grad():
@@ -166,6 +168,9 @@ def test_copies_pickles_and_files(freed: Freed, device: torch.device) -> None:
     assert file.tell() < 2 * sum(p.nbytes for p in model.parameters()) + 40_000
     file.seek(0)
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in torch.load(file, map_location=device).items())
+    save_file(fast.state_dict(), tmp_path / "model.safetensors")
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(t.cpu(), written[name]) for name, t in model.state_dict().items())
 
 
 def test_an_optimizer_goes_on(freed: Freed, device: torch.device) -> None:

@@ -26,6 +26,7 @@ from moec.graphmodules import compile_graph, is_graph
 from moec.options import Options
 from moec.progress import progress
 from moec.report import LayerReport, Report
+from moec.undisturbed import undisturbed
 from moec.verify import compare_results
 
 Example = tuple[Any, ...] | Mapping[str, Any] | None
@@ -56,8 +57,7 @@ class Handle:
         return copied
 
 
-# Under a caller's inference_mode, tensors would keep no count of the writes that are watched for.
-@torch.inference_mode(False)
+@undisturbed()
 def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> Any:
     """Compile the MoE and FFN layers of `model` and return a twin of it that shares all its tensors.
 
@@ -118,7 +118,7 @@ def _compile_file(path: Path, options: dict[str, Any]) -> Any:
     return compile_file(path, **options)
 
 
-@torch.inference_mode(False)
+@undisturbed()
 def explain(model: Any, example_inputs: Example = None, **options: Any) -> Report:
     """The report that compile would give, without changing anything."""
     Options.make(**options)

@@ -18,6 +18,7 @@ from moec.frontends.fx.regions import writes
 from moec.graphmodules import rewrite
 from moec.options import Options
 from moec.report import Report
+from moec.undisturbed import undisturbed
 from moec.verify import compare_results
 
 _LOG = logging.getLogger("moec.dynamo")
@@ -44,7 +45,8 @@ def moec_backend(
     given = dict(options or {})
     inner = lookup_backend(given.pop("inner", "inductor"))
     chosen = Options.make(**given, **({"mode": mode} if mode is not None else {}))
-    rewritten = _rewritten(graph, inputs, chosen)
+    with undisturbed():
+        rewritten = _rewritten(graph, inputs, chosen)
     compiled: Callable[..., Any] = inner(rewritten if rewritten is not None else graph, list(inputs))
     return compiled
 

@@ -7,7 +7,6 @@ expressed is refused by name.
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.install import CompiledMethod
 from moec.frontends.torch.twin import make_probe
 from moec.options import Options
+from moec.undisturbed import undisturbed
 
 NAME = "moec"
 _KEPT = "_moec_experts"
-_LOCK = threading.RLock()
 
 
 class ExpertsMethod(CompiledMethod):
@@ -68,12 +67,11 @@ def reports(model: nn.Module) -> dict[str, Any]:
 
 @torch.compiler.disable(reason="moec compiles an experts module when it first runs: run the model once before")  # type: ignore[untyped-decorator]
 def _compiled(module: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsMethod:
-    with _LOCK:
+    with undisturbed():
         known = module.__dict__.get(_KEPT)
         if isinstance(known, ExpertsMethod) and known.module is module:
             return known
-        with torch.inference_mode(False):
-            made = _compile(module, options, args, kwargs)
+        made = _compile(module, options, args, kwargs)
         method = made.method_for(module, ExpertsMethod)
         assert isinstance(method, ExpertsMethod)
         method.ready()

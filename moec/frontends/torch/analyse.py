@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moec.errors import MoecError
-from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening, together
+from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening, passed_over, together
 from moec.frontends.torch.ffn import NotRun, analyse_ffn
 from moec.frontends.torch.instances import Chained, NotLifted
 from moec.frontends.torch.lifted import Lifted
@@ -72,9 +72,16 @@ def analyse(
     taken: set[str] = set()
     for attempts in together(discover_moe(model), params):
         taken |= _analyse_moe(model, attempts, drivers, params, found, progress)
+    # Modules may hold the very experts of others: what is taken is taken under all its names.
+    held = {id(params[name]) for name in taken}
+    taken |= {name for name, tensor in params.items() if id(tensor) in held}
     for candidate in discover_ffn(model, taken):
         progress(candidate.name)
         _analyse_ffn(model, candidate, drivers, params, found)
+    looked_at = {*(one.name for one in found.lifted), *(one.name for one in found.refused)}
+    for name, note in passed_over(model):
+        if not any(f"{one}.".startswith(f"{name}.") or f"{name}.".startswith(f"{one}.") for one in looked_at if one):
+            found.notes.append(note)
     return found
 
 

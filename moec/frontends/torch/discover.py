@@ -154,6 +154,17 @@ def together(moes: Iterable[Candidate], params: Mapping[str, torch.Tensor]) -> I
             yield [member, *(Candidate(member.name, "moe", part) for part in parts)]
 
 
+def passed_over(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Lists of equal modules that were taken for layers, and why."""
+    for name, module in model.named_modules():
+        counts = {_matrices(child) for child in module.children()}
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and len(counts) == 1:
+            (count,) = counts
+            if count > _MOST_MATRICES:
+                held = f"{name} holds {len(module)} modules of {count} matrices each, more than an expert has here"
+                yield name, f"{held}: taken for layers and left alone (adapters on experts are to be merged first)"
+
+
 def discover_ffn(model: nn.Module, taken: set[str]) -> Iterator[Candidate]:
     """Smallest modules with a matrix [F, D] and one [D, F] among the parameters that are not `taken` by experts."""
     modules = dict(model.named_modules())

@@ -3,8 +3,10 @@ that its code refers to. Seen, named, and undone."""
 
 from __future__ import annotations
 
+import io
 import random
 import sys
+import threading
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -22,11 +24,31 @@ _BUFFER_LIMIT = 1 << 24
 _LIBRARIES = frozenset({"torch", "moec", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 
 
-class Watch:
-    """Remembers a module's state; `changes()` names what differs now, `undo()` puts it back."""
+class _Ear(io.TextIOBase):
+    """Stands for standard output: hears what this thread prints, and lets other threads through."""
 
-    def __init__(self, module: torch.nn.Module, inputs: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, out: Any) -> None:
+        self.out, self.thread, self.heard = out, threading.get_ident(), False
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self.thread:
+            return self.out.write(text)  # type: ignore[no-any-return]
+        self.heard = True
+        return len(text)
+
+    def flush(self) -> None:
+        self.out.flush()
+
+
+class Watch:
+    """Remembers a module's state; `changes()` names what differs now, `undo()` puts it back.
+
+    With `hear`, what is printed until then is an effect too, and is not shown.
+    """
+
+    def __init__(self, module: torch.nn.Module, inputs: Iterable[torch.Tensor] = (), *, hear: bool = False) -> None:
         self.module = module
+        self.ear = _Ear(sys.stdout) if hear else None
         self.rng = torch.get_rng_state()
         self.python_rng = random.getstate()
         devices = {p.device for p in module.parameters() if p.is_cuda}
@@ -46,6 +68,9 @@ class Watch:
                     copy = buffer.detach().clone() if buffer.numel() <= _BUFFER_LIMIT else None
                     self.values.append((f"{name}.{key}".lstrip("."), buffer, version(buffer), copy))
         self._look_outside(module)
+
+        if self.ear is not None:
+            sys.stdout = self.ear
 
     def _look_outside(self, module: torch.nn.Module) -> None:
         """Class attributes, globals and variables of enclosing functions that the modules' code refers to."""
@@ -87,6 +112,7 @@ class Watch:
         gpu = any(not torch.equal(state, torch.cuda.get_rng_state(device)) for device, state in self.gpu_rng)
         if gpu or not torch.equal(self.rng, torch.get_rng_state()) or self.python_rng != random.getstate():
             found.append("draws random numbers")
+        found += ["prints to standard output"] * (self.ear is not None and self.ear.heard)
         found += ["changes its input in place" for tensor, count in self.inputs if tensor._version != count][:1]
         found += [f"changes parameter {name!r}" for name, p, count in self.params if version(p) != count]
         found += [f"changes buffer {name!r}" for name, buffer, count, _ in self.values if version(buffer) != count]
@@ -112,6 +138,8 @@ class Watch:
 
     def undo(self) -> None:
         """Restore random state, buffers, attributes, and what lies outside."""
+        if self.ear is not None and sys.stdout is self.ear:
+            sys.stdout = self.ear.out
         torch.set_rng_state(self.rng)
         random.setstate(self.python_rng)
         for device, state in self.gpu_rng:

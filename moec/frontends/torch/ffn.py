@@ -132,7 +132,7 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
     def ask(rows: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return binder.unbind({**others, found.x: rows})
 
-    watch = Watch(site.module, [x])
+    watch = Watch(site.module, [x], hear=True)
     try:
         out_shapes = _result_shapes(method, ask, x, body.inputs)
         effects = watch.changes()

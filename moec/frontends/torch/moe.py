@@ -238,7 +238,7 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     experts = routing(count, maker.roles.slots, body.experts, 0, "round robin").to(x.device)
     made = maker(rows, experts, torch.rand(experts.shape, device=x.device) + 0.1)
     args, kwargs = Binder(getattr(site.module, site.method)).unbind(made)
-    watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)])
+    watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)], hear=True)
     try:
         with users_code(site.label):
             log = record(site.module, args, kwargs, path=site.path, method=site.method)

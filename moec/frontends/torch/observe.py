@@ -70,7 +70,9 @@ class Driver:
     def observe(self) -> tuple[Log, list[str]]:
         """Log of one run, and the effects it had (undone)."""
         watch = Watch(
-            self.module, [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)]
+            self.module,
+            [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)],
+            hear=True,
         )
         args, kwargs = tree_map(_own, (self.args, self.kwargs))
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]

@@ -48,8 +48,9 @@ def check_weights(model: nn.Module, owner: str, names: Iterable[str]) -> None:
             raise NotLifted(
                 f"{owner}.{path}".strip(".") + f" is a quantised {type(child).__name__}, which is not understood yet"
             )
-        if path and "forward" in child.__dict__:
-            raise NotLifted(f"{owner}.{path}".strip(".") + " has its forward overridden already (by another tool)")
+        if "forward" in child.__dict__:
+            name = f"{owner}.{path}".strip(".") or "the model"
+            raise NotLifted(f"{name} has its forward overridden already (by another tool)")
 
 
 def is_lazy(model: nn.Module) -> bool:

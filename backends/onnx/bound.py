@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,29 @@ def run_bound(
             where = tensor.device
             bind(name, where.type, where.index or 0, _KINDS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
     session.run_with_iobinding(binding)
+
+
+def run_tensors(session: Any, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
+    """All outputs of a session, on the inputs' device and in ONNX Runtime's own memory, without copies.
+
+    None where tensors cannot be handed over: without elements, or of a type that the IR does not have.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in given.items()}
+    if not tensors or not all(tensor.numel() and tensor.dtype in _KINDS for tensor in tensors.values()):
+        return None
+    device = next((one.device for one in tensors.values() if one.device.type == "cuda"), torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    binding = session.io_binding()
+    for name, tensor in tensors.items():
+        where = tensor.device
+        binding.bind_input(
+            name, where.type, where.index or 0, _KINDS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+        )
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device.type, device.index or 0)
+    session.run_with_iobinding(binding)
+    return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
 
 
 def _run_empty(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.backends.onnx.providers import fast_providers
+from moec.backends.onnx.bound import run_tensors
+from moec.backends.onnx.providers import check_installed, fast_providers
 from moec.backends.onnx.runtime import as_array, session
 from moec.environment import machine, versions
 from moec.errors import MoecError
@@ -30,6 +32,8 @@ class FileHandle:
 class CompiledFile:
     """Runs the file: arguments in the order of its inputs or by their names, torch tensors or numpy arrays.
 
+    Where all are tensors, ONNX Runtime reads their memory, and the results are its own, on the same device.
+
     Gives the file's outputs in their order, as what went in: one alone where there is one.
     """
 
@@ -46,15 +50,19 @@ class CompiledFile:
             listed = ", ".join(self._inputs)
             what = f"{wrong[0]} is missing or not among them" if wrong else f"found {len(args)}"
             raise MoecError("MOEC404", f"the file takes {listed}: {what}")
-        tensors = any(isinstance(value, torch.Tensor) for value in given.values())
-        feed = {n: as_array(v) if isinstance(v, torch.Tensor) else np.asarray(v) for n, v in given.items()}
+        tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         try:
-            found = self._runtime.run(None, feed)
+            handed = run_tensors(self._runtime, given) if len(tensors) == len(given) else None
+            found = handed if handed is not None else self._runtime.run(None, _arrays(given))
         except Exception as error:  # ONNX Runtime's errors have no common class
             reason = str(error).strip().splitlines()[0][:200]
             raise MoecError("MOEC404", f"the file does not run on these inputs: {reason}") from error
-        results = tuple(torch.from_numpy(one) if tensors else one for one in found)
+        results = tuple(torch.from_numpy(one) if tensors and isinstance(one, np.ndarray) else one for one in found)
         return results[0] if len(results) == 1 else results
+
+
+def _arrays(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: as_array(v.cpu()) if isinstance(v, torch.Tensor) else np.asarray(v) for n, v in given.items()}
 
 
 def compile_file(path: Path, *, backend: str = "auto", quantize: str | None = None) -> CompiledFile:
@@ -62,6 +70,7 @@ def compile_file(path: Path, *, backend: str = "auto", quantize: str | None = No
     if backend not in ("auto", "onnxruntime"):
         hint = 'leave it out, or backend="onnxruntime"'
         raise MoecError("MOEC502", f"backend={backend!r} does not run ONNX files", hint=hint)
+    check_installed()
     settings = Settings.make(path, quantize=quantize)
     report = ExportReport(str(path), path, settings.target, quantize)
     start = time.perf_counter()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moec
+from moec.backends.onnx import providers
 from tests.onnx import models, written
 from tests.onnx.models import OneLayer
 
@@ -63,3 +64,25 @@ def test_what_a_file_does_not_take(file: Path) -> None:
     for args, kwargs in (((), {}), ((), {"y": 1}), ((torch.zeros(2, 5),), {}), ((1, 2), {})):
         with pytest.raises(moec.MoecError, match="MOEC404"):
             fast(*args, **kwargs)
+
+
+def test_results_outlive_the_next_call_and_odd_inputs_are_taken(file: Path) -> None:
+    fast = moec.compile(file)
+    x, other = torch.randn(4, 16), torch.randn(4, 16)
+    first = fast(x)
+    kept = first.clone()
+    fast(other)
+    assert torch.equal(first, kept)
+    assert fast(torch.randn(16, 4).T).shape == (4, 16)
+    assert fast(torch.zeros(0, 16)).shape == (0, 16)
+    assert torch.equal(fast(x.requires_grad_()), kept)
+
+
+def test_both_packages_of_the_runtime_in_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(providers, "_place", lambda name: "/site")
+    with pytest.raises(moec.MoecError, match=r"MOEC408.*both installed"):
+        moec.export(OneLayer().eval(), tmp_path / "m.onnx", (torch.randn(7, 16),))
+    monkeypatch.setattr(providers, "_place", lambda name: "/site" if name == "onnxruntime" else "/other")
+    providers.check_installed()
+    monkeypatch.setattr(providers, "_place", lambda name: "/site" if name == "onnxruntime" else "")
+    providers.check_installed()

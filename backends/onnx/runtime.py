@@ -12,8 +12,8 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-# A protobuf message holds at most 2 GB; above this a model goes through a file with its weights beside it.
-MOST_BYTES = 1_500_000_000
+# Above this a model goes through a file with its weights beside it, which ONNX Runtime maps instead of copying.
+LARGE = 1 << 27
 
 
 def session(
@@ -34,13 +34,26 @@ def session(
         options.intra_op_num_threads = threads
     if isinstance(model, str | Path):
         return onnxruntime.InferenceSession(str(model), options, providers=list(providers))
-    if weight_bytes(model) <= MOST_BYTES:
+    folder_of_weights = _folder(model)
+    if folder_of_weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder_of_weights)
+        if not spinning:  # it checks, and is not timed: the weights of a large model are mapped and never copied
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False
+    if folder_of_weights or weight_bytes(model) <= LARGE:
         serialized = ir.to_proto(model).SerializeToString()
         return onnxruntime.InferenceSession(serialized, options, providers=list(providers))
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+
+
+def _folder(model: Any) -> str:
+    """The folder that some of the model's weights lie in; empty where all are in memory."""
+    held = (value.const_value for value in model.graph.initializers.values())
+    return next((str(one.base_dir) for one in held if isinstance(one, ir.ExternalTensor)), "")
 
 
 def weight_bytes(model: Any) -> int:

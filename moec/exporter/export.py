@@ -19,6 +19,7 @@ from moec.backends.onnx.runtime import as_array, session
 from moec.bench import Effort, compare
 from moec.environment import machine, versions
 from moec.errors import MoecError
+from moec.exporter.apart import load_apart
 from moec.exporter.clean import peak_memory
 from moec.exporter.files import check_target, least_runtime, save
 from moec.exporter.invent import sized
@@ -88,8 +89,13 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
         say("writing")
         report.opset = made.model.opset_imports[""]
         report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(made.model))
-        report.file_bytes = save(made.model, settings.path, _properties(report), external=settings.external_data)
-        _load(settings.path, runner, made.made[0].feed, report)
+        report.file_bytes = save(
+            made.model, settings.path, _properties(report), external=settings.external_data, home=made.home
+        )
+        if made.home is None:
+            _load(settings.path, runner, made.made[0].feed, report)
+        else:
+            load_apart(settings.path, made.made[0].feed, report)
     report.versions, report.machine = versions(), machine()
     report.seconds = time.perf_counter() - start
     return report

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import MoecError
+from moec.frontends.onnx.home import Home
 from moec.writing import check_writable
 
 # A protobuf message holds at most 2 GB, and other nodes need some of it.
@@ -41,10 +42,12 @@ def save(
     *,
     external: bool | None = None,
     check: Callable[[Path], None] | None = None,
+    home: Home | None = None,
 ) -> int:
     """Put the model at `path`, with its weights in `<path>.data` over 2 GB or on request; the bytes of both.
 
-    `check` gets the written file before it appears; what it raises leaves nothing behind.
+    `check` gets the written file before it appears; what it raises leaves nothing behind. `home` is where the weights
+    of a large model lie.
 
     Raises MOEC607 where the disk refuses, and what the ONNX checker raises as an assertion: that is our own bug.
     """
@@ -62,8 +65,14 @@ def save(
     try:
         scratch = folder / path.name
         data = f"{path.name}.data"
-        ir.save(model, scratch, external_data=data if beside else None)
-        onnx.checker.check_model(str(scratch))
+        if home is None or beside:
+            ir.save(model, scratch, external_data=data if beside else None)
+            onnx.checker.check_model(str(scratch))
+        else:
+            light = home.path / "checked.onnx"
+            ir.save(model, light)
+            onnx.checker.check_model(str(light))
+            home.write(model, scratch)
         if check is not None:
             check(scratch)
         written = sum(file.stat().st_size for file in folder.iterdir())

@@ -14,14 +14,16 @@ Feed = dict[str, Any]
 # The first dynamic size and all others; the first row is what layers are solved on.
 MOST = 1 << 27
 SIZES = ((2, 17), (3, 5), (1, 40), (1, 1))
+# Of a large model, which may gather the weights of every slot.
+FEW = ((1, 2), (2, 1), (1, 1))
 
 
-def feeds(model: Any, given: Path | None = None) -> list[tuple[str, Feed]]:
-    """Inputs by a label. Raises MOEC708 where one cannot be made up, or the file lacks one."""
+def feeds(model: Any, given: Path | None = None, *, few: bool = False) -> list[tuple[str, Feed]]:
+    """Inputs by a label, `few` of a few tokens. Raises MOEC708 where one cannot be made up, or the file lacks one."""
     if given is not None:
         return [(given.name, _read(model, given))]
     found = []
-    for first, rest in SIZES:
+    for first, rest in FEW if few else SIZES:
         generator = np.random.default_rng(first + rest)
         sizes = _only(model, rest)
         feed = {value.name: _invent(value, first, rest, sizes, generator) for value in model.graph.inputs}

@@ -30,6 +30,7 @@ from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.routed import facts_about, region_inputs
 from moec.exporter.settings import Settings
 from moec.exporter.slower import slower_alone
+from moec.frontends.onnx.home import Home
 from moec.frontends.onnx.layer import DTYPES, Layer, Run
 from moec.frontends.onnx.load import load
 from moec.frontends.onnx.read import read
@@ -41,12 +42,12 @@ LOW_MODEL_BARS = {"FLOAT16": 1e-2, "BFLOAT16": 6e-2}
 
 @dataclass
 class Rewritten:
-    """The model before and after, as onnx-ir, and inputs to run both on."""
+    """The rewritten model as onnx-ir, and inputs to run it and the file on."""
 
     model: Any
-    before: Any
-    """A session of the file as it is."""
     made: list[Made]
+    home: Home | None = None
+    """Where the weights of a large model lie."""
 
 
 @dataclass
@@ -64,15 +65,16 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     `timed` times each layer alone, and leaves those that would be slower as they are.
     """
     say("reading")
-    model = load(path)
+    model, home = load(path)
     try:
-        before = session(path)
+        before = session(path if home is None else model)
     except Exception as error:  # ONNX Runtime's errors have no common class
         reason = str(error).strip().splitlines()[0][:200]
         raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
-    made = _those_that_run(before, feeds(model, settings.inputs))
+    made = _those_that_run(before, feeds(model, settings.inputs, few=home is not None))
+    del before
     say("looking for layers")
-    found = read(model, [one.feed for one in made], session)
+    found = read(model, [one.feed for one in made], _rested(model, home))
     report.layers += [ExportedLayer(one.name, one.kind, "left alone", reason=one.reason) for one in found.left]
     chosen: list[str] = []
     rewritten = 0
@@ -81,6 +83,9 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
         say(f"{named.name}: checking")
         if _place(model, named, found.runs[0], settings, report, timed=timed):
             rewritten += 1
+            if home is not None:
+                home.keep(model.graph.initializers.values())
+                home.rest(model)
             chosen += [value.name for value in named.ids]
     if not rewritten:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
@@ -88,7 +93,18 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     _clean(model)
     say("checking the whole file")
     _check(model, list(dict.fromkeys(chosen)), made, found.runs, settings, report)
-    return Rewritten(model, before, made)
+    return Rewritten(model, made, home)
+
+
+def _rested(model: Any, home: Home | None) -> Callable[[Any], Any]:
+    """Sessions, and no more of a large model's weights in memory than they use."""
+
+    def make(part: Any) -> Any:
+        if home is not None:
+            home.rest(model)
+        return session(part)
+
+    return make
 
 
 def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[Made]:

@@ -13,6 +13,14 @@ import torch
 RANDOM = ("RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "Dropout")
 
 
+def _turns(node: Any) -> bool:
+    """Whether a node turns each matrix and nothing else: both ways to read one are tried anyway."""
+    order = node.attributes.get("perm")
+    if node.op_type == "Transpose" and order is not None:
+        return tuple(order.as_ints()) in ((1, 0), (0, 2, 1))
+    return bool(node.op_type == "Identity")
+
+
 def _has_graph(node: Any) -> bool:
     return any(attribute.type.name in ("GRAPH", "GRAPHS") for attribute in node.attributes.values())
 
@@ -42,10 +50,13 @@ class Constants:
         return list(found)
 
     def _whole(self, value: Any) -> Any:
-        """The stack that a constant is one expert's part of, or the constant itself."""
-        root = value
+        """The stack that a constant is one expert's part of, or what it is turned from; else itself."""
+        root, turned = value, True
         while root.const_value is None and root.producer().inputs and root.producer().inputs[0] is not None:
+            turned = turned and _turns(root.producer())
             root = root.producer().inputs[0]
+        if root.const_value is not None and turned:
+            return root
         is_part = root.const_value is not None and len(root.const_value.shape) == 3 == len(self.shape(value)) + 1
         return root if is_part else value
 

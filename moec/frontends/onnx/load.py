@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import MoecError
+from moec.frontends.onnx.home import LARGE, SPLIT, Home
 
 # What is written into the graph needs this opset; ONNX's own converter lifts older files.
 LEAST_OPSET = 18
 
 
-def load(path: Path) -> Any:
-    """The file as an onnx-ir model of opset 18 or newer, its weights beside it read when they are needed.
+def load(path: Path) -> tuple[Any, Home | None]:
+    """The file as an onnx-ir model of opset 18 or newer; of a large one the weights stay in files, in a folder.
 
     Raises MOEC601 for a file that is not there, MOEC707 for one that is no ONNX file, or whose weights are missing or
     lie outside its folder.
@@ -21,25 +22,38 @@ def load(path: Path) -> Any:
         raise MoecError("MOEC601", f"{path}: no such file")
     import onnx_ir as ir
 
+    home = Home() if path.stat().st_size > LARGE else None
     try:
-        model = ir.load(path)
+        model = ir.load(path) if home is None else home.split(path)
+    except MoecError:
+        raise
     except Exception as error:  # protobuf and onnx-ir raise many kinds
         raise _unreadable(path, f"it is no ONNX file, or it is cut off: {_line(error)}") from error
     if not len(model.graph) or "" not in model.opset_imports:
         raise _unreadable(path, "it holds no graph of ONNX nodes")
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location != SPLIT:
             _check_external(path, value.const_value)
-    # ONNX Runtime takes parts of the model without the folder it came from.
-    model = ir.external_data.load_to_model(model)
+    if home is None and weight_bytes(model) > LARGE:
+        home = Home()
+    if home is not None:
+        home.take(model, path.parent)
+    if home is None or model.opset_imports[""] < LEAST_OPSET:
+        # ONNX Runtime takes parts of the model without the folder it came from, and so does the converter.
+        model, home = ir.external_data.load_to_model(model), None
     if model.opset_imports[""] < LEAST_OPSET:
         model = _converted(path, model)
     try:
         model = _tidied(model)
         ir.to_proto(model)  # which parts of it are made again for ONNX Runtime
-        return model
+        return model, home
     except Exception as error:  # passes of onnx-ir raise what they meet in a damaged graph
         raise _unreadable(path, f"its graph is damaged: {_line(error)}") from error
+
+
+def weight_bytes(model: Any) -> int:
+    """The bytes of all weights."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _tidied(model: Any) -> Any:

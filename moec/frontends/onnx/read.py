@@ -19,7 +19,7 @@ from moec.frontends.onnx.prove import prove
 
 Prover = Callable[[Any, Sequence[Run]], Layer | Left]
 # Recorded values of all runs that are held at once, in bytes.
-MOST_BYTES = 1 << 28
+MOST_BYTES = 1 << 29
 
 
 @dataclass

@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 .PHONY: help setup demo test test-all test-oldest test-legacy test-thirdparty lint format bench clean
 
 help: ## what there is to make
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(STAMP) ## create .venv and install moec with every extra
 

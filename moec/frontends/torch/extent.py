@@ -35,7 +35,8 @@ class Extent:
 
     def meets(self, other: Extent) -> bool:
         """Whether a byte may be in both; interleaved runs are told apart by what their steps have in common."""
-        if self.first >= other.last or other.first >= self.last:
+        empty = self.first == self.last or other.first == other.last
+        if empty or self.first >= other.last or other.first >= self.last:
             return False
         step = math.gcd(self.step, other.step)
         if not step:

@@ -14,16 +14,14 @@ from functools import partial
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.direct import factors, near, spread_over, spreads
+from moec.frontends.torch.choices import Value, routing_of, routings
+from moec.frontends.torch.direct import factors, near
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks
 from moec.frontends.torch.oplog import Log, slots
 from moec.frontends.torch.places import Places
 from moec.frontends.torch.replay import replay
-from moec.frontends.torch.routing import FORMS
 from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
-
-_MOST_SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,11 @@ class Solution:
     """One choice holds for all tokens of a sequence."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    slot: int
-    value: torch.Tensor
-
-
-def _before(blocks: Blocks) -> list[_Candidate]:
+def _before(blocks: Blocks) -> list[Value]:
     """Tensors that exist when the first expert starts, latest first, equal values once."""
     made = [slot for item in blocks.prefix for slot in item.results]
     given = list(slots((blocks.site.args, blocks.site.kwargs)))
-    found: list[_Candidate] = []
+    found: list[Value] = []
     for slot in dict.fromkeys([*reversed(made), *given]):
         value = blocks.log.value(slot, blocks.first)
         if value is None or not value.numel() or blocks.log.param_of(slot) is not None:
@@ -71,7 +63,7 @@ def _before(blocks: Blocks) -> list[_Candidate]:
         if not any(
             value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found
         ):
-            found.append(_Candidate(slot, value))
+            found.append(Value(slot, value))
     return found
 
 
@@ -152,8 +144,8 @@ def solve_routed(
             continue
         outputs = _ExpertOutputs(body, params, rows)
         unclear = False
-        for form, selector, weights, num_slots in _routings(candidates, x, tokens, body.experts):
-            chosen = _routing(form, selector, weights, rows, tokens, body.experts, num_slots)
+        for form, selector, weights, num_slots in routings(candidates, x, tokens, body.experts):
+            chosen = routing_of(form, selector, weights, rows, tokens, body.experts, num_slots)
             if chosen is None:
                 continue
             # Weights that are one wherever they were probed may stand anywhere, or be applied elsewhere again.
@@ -180,7 +172,7 @@ def solve_routed(
     return None
 
 
-def _words(log: Log, x: _Candidate, selector: _Candidate | None, weights: _Candidate | None, form: str, y: int) -> str:
+def _words(log: Log, x: Value, selector: Value | None, weights: Value | None, form: str, y: int) -> str:
     """An assignment for people: each tensor by the operation that made it and its shape."""
 
     def named(slot: int) -> str:
@@ -217,11 +209,11 @@ def _told_apart(
     return replace(found, on_input=on_input_by_sign(body, params, rows, *chosen, ask))
 
 
-def _slot(candidate: _Candidate | None) -> int | None:
+def _slot(candidate: Value | None) -> int | None:
     return None if candidate is None else candidate.slot
 
 
-def _steering(blocks: Blocks, selector: _Candidate | None, weights: _Candidate | None) -> tuple[int, ...]:
+def _steering(blocks: Blocks, selector: Value | None, weights: Value | None) -> tuple[int, ...]:
     """Tensors that hold the choice of experts in whatever shape, and the integers it was made from.
 
     Weights are no choice, unless they alone say which experts are asked.
@@ -294,76 +286,6 @@ class _ExpertOutputs:
         return self.rows * torch.where(lost, weights.float(), 0.0).sum(-1, keepdim=True)
 
 
-Routing = tuple[str, "_Candidate | None", "_Candidate | None", int]
-
-
-def _routings(candidates: Sequence[_Candidate], x: _Candidate, tokens: int, experts: int) -> Iterator[Routing]:
-    """(form, selector, weights, K) that fit by shape and range."""
-    pool = [c for c in candidates if c is not x and c.value.numel() and c.value.numel() % tokens == 0]
-    weights = [
-        c for c in pool if c.value.is_floating_point() and c.value.numel() // tokens <= max(_MOST_SLOTS, experts)
-    ]
-    indices = [c for c in pool if _is_index(c.value, experts) and c.value.numel() // tokens <= _MOST_SLOTS]
-    for w in weights:
-        for i in indices:
-            if i.value.numel() == w.value.numel():
-                yield "indices", i, w, i.value.numel() // tokens
-    for w in weights:
-        for m in pool:
-            fits = (
-                m is not w
-                and m.value.dim() > 1
-                and m.value.shape[-1] == experts
-                and m.value.numel() == w.value.numel() * experts
-            )
-            if fits and bool(((m.value == 0) | (m.value == 1)).all()):
-                yield "mask", m, w, w.value.numel() // tokens
-    yield from _alone(candidates, pool, x, tokens, experts)
-    for w in weights:
-        if w.value.shape[-1:] == (experts,) and w.value.numel() == tokens * experts:
-            yield "dense", None, w, max(1, int((w.value.reshape(tokens, experts) != 0).sum(-1).max()))
-
-
-def _alone(
-    candidates: Sequence[_Candidate], pool: Sequence[_Candidate], x: _Candidate, tokens: int, experts: int
-) -> Iterator[Routing]:
-    """Choices without weights."""
-    for m in pool:
-        if m.value.shape[-1:] == (experts,) and m.value.numel() == tokens * experts and _is_one_hot(m.value):
-            yield "unit mask", m, None, 1
-    for i in candidates:
-        if i is not x and _is_index(i.value, experts) and spreads(i.value, x.value.shape[:-1]):
-            yield "unit", _Candidate(i.slot, spread_over(i.value, x.value.shape[:-1]).flatten()), None, 1
-    for i in pool:
-        if _is_index(i.value, experts) and i.value.numel() // tokens <= _MOST_SLOTS:
-            yield "unit", i, None, i.value.numel() // tokens
-
-
-def _is_spread(blocks: Blocks, selector: _Candidate) -> bool:
+def _is_spread(blocks: Blocks, selector: Value) -> bool:
     held = blocks.log.value(selector.slot, blocks.first)
     return held is not None and held.numel() != selector.value.numel()
-
-
-def _is_one_hot(value: torch.Tensor) -> bool:
-    return bool(((value == 0) | (value == 1)).all()) and int((value != 0).sum(-1).max()) <= 1
-
-
-def _is_index(value: torch.Tensor, experts: int) -> bool:
-    whole = not value.is_floating_point() and value.dtype != torch.bool
-    return whole and bool((value >= 0).all() and (value <= experts).all())
-
-
-def _routing(
-    form: str,
-    selector: _Candidate | None,
-    weights: _Candidate | None,
-    rows: torch.Tensor,
-    tokens: int,
-    experts: int,
-    num_slots: int,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    try:
-        given = weights.value if weights is not None else rows
-        return FORMS[form](None if selector is None else selector.value, given, tokens, experts, num_slots)
-    except ValueError:
-        return None

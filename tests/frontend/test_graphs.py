@@ -59,6 +59,18 @@ def test_a_tensor_that_the_experts_never_read_goes_along() -> None:
         agrees(in_graph(moec.compile(model, strict=True))(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["placed.slots", "placed.capacity_submodule", "placed.mask_beside_tokens"])
+def test_what_has_no_operator_yet_is_the_original_in_a_program(name: str) -> None:
+    case = CASES[name]
+    model, given = case.make(), case.inputs(torch.randn(30, 16))
+    fast = moec.compile(model, example_inputs=given, strict=True)
+    with torch.no_grad():
+        agrees(fast(*given), model(*given))
+        program = torch.export.export(moec.compile(case.make(), example_inputs=given), given)
+        agrees(program.module()(*given), model(*given))
+    assert layers_in(program) == 0
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_at_sizes_not_traced(kind: type[nn.Module], strict: bool) -> None:

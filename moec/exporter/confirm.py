@@ -92,6 +92,10 @@ def part_of(
     cuts = {"dense": (layer.x,), "slots": (layer.x, *layer.ids, layer.routing), "logits": (layer.x, layer.routing)}
     cut = tuple(value for value in cuts.get(layer.form, (layer.x, layer.scores)) if value is not None)
     outputs = [layer.y, *told]
+    for value in cut:
+        if value.type is None:  # it is computed by an op that ONNX does not know
+            value.type = ir.TensorType(ir.DataType.from_numpy(run[value.name].dtype))
+            value.shape = ir.Shape([None] * run[value.name].ndim)
     reads = _reads(model, cut, outputs)
     graph = ir.convenience.extract(
         model.graph, inputs=[v.name for v in [*cut, *reads]], outputs=list(dict.fromkeys(v.name for v in outputs))

@@ -90,7 +90,12 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
         report.opset = made.model.opset_imports[""]
         report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(made.model))
         report.file_bytes = save(
-            made.model, settings.path, _properties(report), external=settings.external_data, home=made.home
+            made.model,
+            settings.path,
+            _properties(report),
+            external=settings.external_data,
+            home=made.home,
+            notes=report.notes,
         )
         if made.home is None:
             _load(settings.path, runner, made.made[0].feed, report)

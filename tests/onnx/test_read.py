@@ -308,6 +308,91 @@ def test_inputs_that_cannot_be_made_up(tmp_path: Path) -> None:
     assert "--inputs" in str(refused("MOEC708", tmp_path / "in.onnx", tmp_path / "out.onnx"))
 
 
+def edited(file: Path, path: Path, change: Any) -> Path:
+    model = onnx.load(str(file))
+    change(model)
+    onnx.save(model, str(path))
+    return path
+
+
+def test_an_unknown_opset_or_domain(file: Path, tmp_path: Path) -> None:
+    def newer(model: Any) -> None:
+        model.opset_import[0].version = 99
+
+    def elsewhere(model: Any) -> None:
+        model.graph.node[0].domain = "nobody.knows"
+        model.opset_import.append(helper.make_opsetid("nobody.knows", 1))
+
+    for name, change in (("99", newer), ("nobody", elsewhere)):
+        source = edited(file, tmp_path / f"{name}.onnx", change)
+        assert name in refused("MOEC707", source, tmp_path / "out.onnx").message
+
+
+def test_dynamic_sizes_without_a_name(file: Path, tmp_path: Path) -> None:
+    def nameless(model: Any) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+
+    source = edited(file, tmp_path / "in.onnx", nameless)
+    x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
+    check_rewritten(source, tmp_path, 1, {"x": x})
+
+
+def test_an_op_that_the_checker_does_not_know_is_noted(file: Path, tmp_path: Path) -> None:
+    def normed(model: Any) -> None:
+        model.graph.initializer.append(helper.make_tensor("ones", onnx.TensorProto.FLOAT, [16], [1.0] * 16))
+        node = helper.make_node("SimplifiedLayerNormalization", ["x", "ones"], ["normed"], axis=-1, epsilon=1e-5)
+        for one in model.graph.node:
+            one.input[:] = ["normed" if name == "x" else name for name in one.input]
+        model.graph.node.insert(0, node)
+
+    source = edited(file, tmp_path / "in.onnx", normed)
+    report = moec.export(source, tmp_path / "out.onnx")
+    assert any("SimplifiedLayerNormalization" in note for note in report.notes)
+
+
+def test_a_choice_within_a_graph_of_a_node_is_named(tmp_path: Path) -> None:
+    topk = helper.make_node("TopK", ["x", "k"], ["best", "ids"], name="inner")
+    best = helper.make_tensor_value_info("best", onnx.TensorProto.FLOAT, None)
+    same = helper.make_node("Identity", ["x"], ["other"])
+    other = helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None)
+    branches = {
+        "then_branch": helper.make_graph([topk], "then", [], [best]),
+        "else_branch": helper.make_graph([same], "else", [], [other]),
+    }
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["yes"]),
+        helper.make_node("If", ["yes"], ["y"], **branches),
+    ]
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 16])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    held = [
+        helper.make_tensor("k", onnx.TensorProto.INT64, [1], [2]),
+        helper.make_tensor("zero", onnx.TensorProto.FLOAT, [], [0.0]),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "in.onnx")
+    message = refused("MOEC705", tmp_path / "in.onnx", tmp_path / "out.onnx").message
+    assert "inner: it is in a graph of If" in message
+
+
+@pytest.mark.slow
+def test_any_damage_is_refused_with_a_code_or_does_no_harm(file: Path, tmp_path: Path) -> None:
+    """Cut off at any place, or with some bits turned; large files are taken apart by moec's own reader."""
+    whole, random = file.read_bytes(), np.random.default_rng(1)
+    for round_ in range(60):
+        damaged = bytearray(whole[: int(random.integers(0, len(whole)))] if round_ % 2 else whole)
+        for place in random.integers(0, max(1, len(damaged)), 3) if damaged else []:
+            damaged[place] ^= 1 << int(random.integers(0, 8))
+        source = tmp_path / f"{round_}.onnx"
+        source.write_bytes(damaged)
+        with contextlib.suppress(moec.MoecError), pytest.MonkeyPatch.context() as patch:
+            if round_ % 4 > 1:
+                patch.setattr("moec.frontends.onnx.load.LARGE", 1000)
+                patch.setattr("moec.frontends.onnx.wire.SMALL", 1000)
+            moec.export(source, tmp_path / f"{round_}.out.onnx")
+
+
 def test_the_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(file), "-o", str(tmp_path / "out.onnx")]) == 0
     assert "1 of 1 layers rewritten" in capsys.readouterr().out

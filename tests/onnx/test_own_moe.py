@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
@@ -95,7 +96,7 @@ def test_widths_that_are_not_whole_blocks() -> None:
     assert [way.form.experts for way in found[1:]] == ["sorted", "sorted"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "switch"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "switch"])
 def test_a_whole_model_for_cuda(name: str, tmp_path: Path) -> None:
     report = moec.export(models.model(name), tmp_path / "m.onnx", models.inputs(name), target="cuda")
     assert {one.lowering for one in report.rewritten} == {"MoE, fp32"}
@@ -123,6 +124,24 @@ def test_weights_that_may_be_negative_are_written_otherwise(tmp_path: Path) -> N
     (one,) = report.rewritten
     assert one.lowering == "sorted rows, a product for each expert"
     assert "does not prove that the router's weights are not negative" in one.tried[0]
+
+
+@pytest.mark.parametrize(
+    "quantize", [pytest.param(None, marks=pytest.mark.slow), "int8", pytest.param("int4", marks=pytest.mark.slow)]
+)
+def test_weights_that_are_made_while_writing_may_lie_beside_the_file(quantize: str | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = models.OneLayer(dim=64, hidden=64).eval(), torch.randn(9, 64)
+    path = tmp_path / "m.onnx"
+    report = moec.export(model, path, (x,), target="cuda", quantize=quantize, external_data=True)
+    bits = {None: "MoE, fp32", "int8": "QMoE, int8 in blocks of 64, fp16", "int4": "QMoE, int4 in blocks of 64, fp16"}
+    assert [one.lowering for one in report.rewritten] == [bits[quantize]]
+    assert (tmp_path / "m.onnx.data").stat().st_size > 5 * 2 * 64 * 64 * {None: 4, "int8": 1, "int4": 0.5}[quantize]
+    (mine,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        theirs = model(x)
+    apart = float((torch.from_numpy(mine) - theirs).norm() / theirs.norm())
+    assert apart < {None: 2e-6, "int8": 0.03, "int4": 0.25}[quantize]
 
 
 class Bypassed(torch.nn.Module):

@@ -14,9 +14,7 @@ width, F expert width.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,8 +25,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from gpu_contestants import Layer, Shape, store
+from onnx_gpu_models import compiled, interleaved, model
 
-import moec
 from moec.backends.onnx.bound import run_bound
 from moec.backends.onnx.emitter import DTYPES, OPSET, Emitter
 from moec.backends.onnx.form import EXACT, Form
@@ -136,22 +134,6 @@ def by_hand(layer: Layer, *, bits: int | None) -> Any:
     return ir.Model(graph, ir_version=10)
 
 
-def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Microseconds of each, medians of calls in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 def layer_latency(text: str, tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """moec's files beside hand-built nodes in one run; errors against the layer in fp32, expert by expert."""
     shape = Shape.parse(text)
@@ -225,103 +207,6 @@ def layers(texts: Sequence[str], tokens: Sequence[int], seconds: float) -> list[
     headers = ["layer", "tokens", "file", "us", "of the time by hand", "error"]
     print(table(headers, rows, right=["tokens", "us", "of the time by hand", "error"]))
     return found
-
-
-def mixtral() -> Any:
-    """Four layers of Mixtral with random weights and sure routers."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model
-
-
-def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """A whole model: torch's own export of its batched experts beside moec's files for cuda."""
-    one = mixtral()
-    ids = torch.randint(3, 1000, (2, 16))
-    found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        files = {"torch's export": partial(torch_export, one, ids)}
-        for quantize in (None, "int8"):
-            name = "moec, cuda" + (f", {quantize}" if quantize else "")
-            files[name] = partial(moec_export, one, ids, quantize)
-        made = {}
-        for name, write in files.items():
-            path = Path(folder) / f"{len(made)}" / "model.onnx"
-            path.parent.mkdir()
-            start = time.perf_counter()
-            try:
-                about = write(path)
-                made[name] = session(path, providers=[CUDA, CPU])
-                print(f"  {name}: {time.perf_counter() - start:.1f} s {about}", flush=True)
-            except Exception as error:  # torch's exporter and ONNX Runtime raise dozens of kinds
-                found.append({"file": name, "failed": str(error).strip().splitlines()[0][:300]})
-                print(f"  {name}: {found[-1]['failed']}", flush=True)
-        for count in tokens:
-            given = torch.randint(3, 1000, (1, count))
-            with torch.no_grad():
-                theirs = one(input_ids=given, use_cache=False).logits
-            feed = {"input_ids": given.numpy()}
-            calls = {name: partial(s.run, [s.get_outputs()[0].name], feed) for name, s in made.items()}
-            for name, us in interleaved(calls, seconds).items():
-                mine = torch.from_numpy(calls[name]()[0])
-                error = float((mine - theirs).norm() / theirs.norm())
-                found.append({"tokens": count, "file": name, "us": us, "error": error})
-    timed = [row for row in found if "us" in row]
-    rows = [[str(r["tokens"]), r["file"], f"{r['us']:.0f}", f"{r['error']:.1e}"] for r in timed]
-    print(table(["tokens", "file", "us", "error"], rows, right=["tokens", "us", "error"]))
-    return found
-
-
-def torch_export(one: Any, ids: torch.Tensor, path: Path) -> str:
-    one.set_experts_implementation("batched_mm")
-    dim = torch.export.Dim.DYNAMIC
-    wrapped = _Logits(one)
-    torch.onnx.export(
-        wrapped, (ids,), path, dynamo=True, verbose=False, input_names=["input_ids"], output_names=["logits"],
-        dynamic_shapes=({0: dim, 1: dim},), external_data=False,
-    )  # fmt: skip
-    one.set_experts_implementation("eager")
-    return ""
-
-
-class _Logits(torch.nn.Module):
-    """The model's logits alone."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return self.inner(input_ids=input_ids, use_cache=False).logits
-
-
-def moec_export(one: Any, ids: torch.Tensor, quantize: str | None, path: Path) -> str:
-    report = moec.export(one, path, {"input_ids": ids}, target="cuda", quantize=quantize)
-    written = sorted({layer.lowering for layer in report.rewritten})
-    tried = sorted({line for layer in report.rewritten for line in layer.tried})
-    return f"{written} {tried} error {report.whole_model_error:.1e}"
-
-
-def compiled() -> list[dict[str, Any]]:
-    """moec.compile with ONNX Runtime on the GPU, beside the model itself."""
-    one = mixtral().to("cuda")
-    given = {"input_ids": torch.randint(3, 1000, (2, 33), device="cuda")}
-    fast = moec.compile(one, example_inputs=given, backend="onnxruntime")
-    with torch.no_grad():
-        mine, theirs = fast(**given).logits, one(**given).logits
-    error = float((mine - theirs).norm() / theirs.norm())
-    print(f"  {len(fast.moec.report.compiled)} layers, error {error:.1e}; {fast.moec.report.layers[0].plan}")
-    return [{"layers": len(fast.moec.report.compiled), "error": error, "device": str(mine.device)}]
 
 
 def main() -> None:

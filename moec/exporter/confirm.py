@@ -60,7 +60,9 @@ class Part:
         feed = {name: self.like[name] for name in self.more}
         for value, given in zip(self.cut, tensors, strict=True):
             like = self.like[value.name]
-            shape = like.shape if given.numel() == like.size else (len(given), *like.shape[1:])
+            # Other numbers of tokens are sequences of one.
+            others = (len(given), *[1] * (like.ndim - 2), *given.shape[1:][-1:])[: like.ndim]
+            shape = like.shape if given.numel() == like.size else others
             feed[value.name] = given.numpy().reshape(shape).astype(like.dtype)
         return feed
 

@@ -71,7 +71,7 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     except Exception as error:  # ONNX Runtime's errors have no common class
         reason = str(error).strip().splitlines()[0][:200]
         raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
-    made = _those_that_run(before, feeds(model, settings.inputs, few=home is not None))
+    made = _those_that_run(before, feeds(model, settings.inputs, few=home is not None), settings.inputs)
     del before
     say("looking for layers")
     found = read(model, [one.feed for one in made], _rested(model, home))
@@ -107,7 +107,7 @@ def _rested(model: Any, home: Home | None) -> Callable[[Any], Any]:
     return make
 
 
-def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[Made]:
+def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]], given: Path | None) -> list[Made]:
     """The inputs that the file takes; a model may need more tokens than one. Raises MOEC708 where there are none."""
     found, reason = [], ""
     for label, feed in made:
@@ -117,6 +117,8 @@ def _those_that_run(runtime: Any, made: Sequence[tuple[str, Feed]]) -> list[Made
             reason = reason or f"({label}) {str(error).strip().splitlines()[0][:200]}"
     if not found:
         names = ", ".join(made[0][1])
+        if given is not None:
+            raise MoecError("MOEC708", f"the file does not run on the inputs of {given}: {reason}")
         hint = "hand real ones over with --inputs file.npz"
         raise MoecError("MOEC708", f"the file does not run on inputs made up for {names} {reason}", hint=hint)
     return found

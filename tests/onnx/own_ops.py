@@ -12,11 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 T, E, D, F = 6, 4, 32, 32
 
 
-def moe_file(path: Path, *, gated: bool = False, bits: int = 0, block: int = 0, **attributes: Any) -> Path:
-    """x[T, D] -> logits -> MoE or QMoE (`bits` 4 or 8) -> y[T, D], between nodes that let it run in place."""
+def moe_file(
+    path: Path, *, gated: bool = False, bits: int = 0, block: int = 0, sequences: bool = False, **attributes: Any
+) -> Path:
+    """x[T, D], of `sequences` x[B, S, D] -> logits -> MoE or QMoE (`bits` 4 or 8) -> y, and it may run in place."""
     random = np.random.default_rng(0)
     tensors = {
         "gate": random.standard_normal((D, E)).astype(np.float32) / 3,
+        "flat": np.array([-1, E], np.int64),
         "zero": np.zeros(1, np.float32),
         "b1": random.standard_normal((E, F * (1 + gated))).astype(np.float32) / 5,
         "b2": random.standard_normal((E, D)).astype(np.float32) / 5,
@@ -37,15 +40,17 @@ def moe_file(path: Path, *, gated: bool = False, bits: int = 0, block: int = 0, 
     kind = "QMoE" if bits else "MoE"
     nodes = [
         helper.make_node("Add", ["x", "zero"], ["a"], name="in"),
-        helper.make_node("MatMul", ["a", "gate"], ["logits"], name="router"),
+        helper.make_node("MatMul", ["a", "gate"], ["scores"], name="router"),
+        helper.make_node("Reshape", ["scores", "flat"], ["logits"], name="flat"),
         helper.make_node(kind, inputs, ["m"], name="experts", domain="com.microsoft", k=2, **attributes),
         helper.make_node("Add", ["m", "zero"], ["y"], name="out"),
     ]
+    sizes = ["batch", "sequence", D] if sequences else ["tokens", D]
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", D])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", D])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes)],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]

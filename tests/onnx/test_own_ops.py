@@ -35,6 +35,17 @@ def test_moe(activation: str, tmp_path: Path) -> None:
     assert np.linalg.norm(mine - theirs) <= 2e-6 * np.linalg.norm(theirs)
 
 
+def test_moe_of_sequences(tmp_path: Path) -> None:
+    """x[B, S, D], as onnxruntime-genai writes it; other numbers of tokens are tried as sequences of one."""
+    source = moe_file(tmp_path / "in.onnx", activation_type="relu", normalize_routing_weights=1, sequences=True)
+    report = moec.export(source, tmp_path / "out.onnx")
+    assert [layer.status for layer in report.layers] == ["rewritten"], report
+    x = {"x": np.random.default_rng(1).standard_normal((2, 9, 32)).astype(np.float32)}
+    (mine,), (theirs,) = outputs(tmp_path / "out.onnx", x), outputs(source, x)
+    assert mine.shape == theirs.shape
+    assert np.linalg.norm(mine - theirs) <= 2e-6 * np.linalg.norm(theirs)
+
+
 def test_swiglu_as_gpt_oss_has_it(tmp_path: Path) -> None:
     numbers: dict[str, Any] = {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 0.5}
     source = moe_file(tmp_path / "in.onnx", gated=True, normalize_routing_weights=1, **numbers)

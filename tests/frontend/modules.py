@@ -69,3 +69,13 @@ def told() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield texts
     texts += [str(item.message) for item in caught if "MOEC" in str(item.message)]
+
+
+def refusal(model: nn.Module, example: tuple[Any, ...] | None = None) -> str:
+    """Everything moec says about a model of which it must compile nothing."""
+    try:
+        report = report_of(moec.compile(model, example_inputs=example))
+    except moec.MoecError as error:
+        return str(error)
+    assert not [layer.name for layer in report.layers if layer.status == "compiled"]
+    return "\n".join(layer.reason for layer in left_alone(report)) + "\n".join(report.notes)

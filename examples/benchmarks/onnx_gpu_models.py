@@ -62,8 +62,8 @@ def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
             name = "moec, cuda" + (f", {quantize}" if quantize else "")
             files[name] = partial(moec_export, one, ids, quantize)
         made = {}
-        for name, write in files.items():
-            path = Path(folder) / f"{len(made)}" / "model.onnx"
+        for number, (name, write) in enumerate(files.items()):
+            path = Path(folder) / f"{number}" / "model.onnx"
             path.parent.mkdir()
             start = time.perf_counter()
             try:
@@ -127,5 +127,9 @@ def compiled() -> list[dict[str, Any]]:
     with torch.no_grad():
         mine, theirs = fast(**given).logits, one(**given).logits
     error = float((mine - theirs).norm() / theirs.norm())
-    print(f"  {len(fast.moec.report.compiled)} layers, error {error:.1e}; {fast.moec.report.layers[0].plan}")
-    return [{"layers": len(fast.moec.report.compiled), "error": error, "device": str(mine.device)}]
+    layers = fast.moec.report.layers
+    print(f"  {len(fast.moec.report.compiled)} layers, error {error:.1e}; {layers[0].plan if layers else ''}")
+    reasons = [f"{layer.name}: {layer.reason}" for layer in layers if layer.reason] + fast.moec.report.notes
+    print(*(f"  {reason}" for reason in reasons), sep="\n")
+    found = {"layers": len(fast.moec.report.compiled), "error": error, "device": str(mine.device)}
+    return [{**found, "reasons": reasons}]

@@ -178,7 +178,7 @@ def _properties(report: ExportReport) -> dict[str, str]:
     error = "not compared" if report.whole_model_error is None else f"{report.whole_model_error:.1e}"
     layers = [{"name": one.name, "written as": one.lowering, "error": one.max_error} for one in report.rewritten]
     return {
-        "moec.version": versions()["moec"],
+        "moec.version": versions().get("moec", "a checkout"),
         "moec.target": report.target,
         "moec.quantize": report.quantize or "none",
         "moec.least_onnxruntime": report.least_onnxruntime,

@@ -211,6 +211,13 @@ def test_a_static_file_that_does_not_run_elsewhere_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkout_that_is_not_installed_exports_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "versions", dict)
+    moec.export(OneLayer().eval(), tmp_path / "m.onnx", (torch.randn(7, 16),))
+    properties = {one.key: one.value for one in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert properties["moec.version"] == "a checkout"
+
+
 def test_what_a_clean_process_says(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"nothing")
     if Path("/proc/self/status").exists():

@@ -9,6 +9,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     effects,
     experts,
     hand_written,
+    masked,
     near_misses,
     not_moe,
     odd_bodies,

@@ -47,6 +47,22 @@ def with_one_more(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+def cleared(m: Any, x: Tensor, ids: Tensor, weights: Tensor, fill: float = 0.0) -> Tensor:
+    """All slots at once: rows of ids from E on are cleared between the layers and after them."""
+    slots = ids.flatten()
+    mask, e = (slots >= E)[:, None], slots.clamp(max=E - 1)
+    up, down = (torch.stack([layer.weight for layer in part])[e] for part in (m.up, m.down))
+    before, after = (torch.stack([layer.bias for layer in part])[e] for part in (m.up, m.down))
+    hidden = (torch.bmm(up, x.repeat_interleave(2, 0)[..., None])[..., 0] + before).masked_fill(mask, 0.0)
+    out = (torch.bmm(down, F.silu(hidden)[..., None])[..., 0] + after).masked_fill(mask, fill)
+    return (out * weights.flatten()[:, None]).view(len(x), 2, D).sum(1)
+
+
+def counted(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The same, but such a slot adds ones times its weight."""
+    return cleared(m, x, ids, weights, 1.0)
+
+
 class Experts(nn.Module):
     def __init__(self, loop: Loop) -> None:
         super().__init__()
@@ -83,11 +99,17 @@ def outcome(model: nn.Module, *args: Tensor) -> Tensor | str:
         return f"{type(error).__name__}: {error}"
 
 
-UNDERSTOOD: dict[Loop, tuple[int, ...]] = {ignoring: (-1, E), indexing: (), with_one_more: (E,)}
+UNDERSTOOD: dict[Loop, tuple[int, ...]] = {
+    ignoring: (-1, E),
+    indexing: (),
+    with_one_more: (E,),
+    cleared: (E,),
+    counted: (),
+}
 
 
 @pytest.mark.parametrize("stray", [-7, -1, E, E + 1])
-@pytest.mark.parametrize("loop", [ignoring, indexing, with_one_more])
+@pytest.mark.parametrize("loop", [ignoring, indexing, with_one_more, cleared, counted])
 def test_strays_are_the_originals_business(loop: Loop, stray: int) -> None:
     torch.manual_seed(2)
     model = Layer(loop).eval()

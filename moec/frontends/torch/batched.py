@@ -69,7 +69,7 @@ def read_products(log: Log, products: Sequence[Product], params: Mapping[str, to
     body = Body(banks, None) if down is None else _with_activation(log, instance, parts, down, banks)
     if instance.tail:
         body = _with_tail(log, instance, body, params, axis)
-    return Reading(body, instance.entries, (down or parts[0]).experts)
+    return Reading(body, instance.entries, (down or parts[0]).experts, instance.masks)
 
 
 def _with_activation(
@@ -183,7 +183,7 @@ def _with_bias(log: Log, product: Product, params: Mapping[str, torch.Tensor]) -
 
 def _ask(log: Log, instance: Instance, parts: list[Product], down: Product, hidden: list[torch.Tensor]) -> torch.Tensor:
     """What the recorded entries make of one hidden vector, which stands in every row."""
-    given = {}
+    given = {mask.operand: mask.keeping(log) for mask in instance.masks}
     for part, vector in zip(parts, hidden, strict=True):
         like = log.tensors[part.linear.out]
         shape = [1] * like.dim()

@@ -172,7 +172,7 @@ def _halves(bank: Bank, *, interleaved: bool) -> tuple[Bank, Bank]:
 def _ask(log: Log, instance: Instance, hidden: list[torch.Tensor]) -> torch.Tensor:
     """What the recorded entries make of one hidden vector; every row gets the same one."""
     assert instance.down is not None
-    given = {}
+    given = {mask.operand: mask.keeping(log) for mask in instance.masks}
     for up, vector in zip(instance.ups, hidden, strict=True):
         like = log.tensors[up.out]
         wide = vector.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)

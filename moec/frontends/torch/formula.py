@@ -121,9 +121,14 @@ def _walk(log: Log, instance: Instance, width: int, axis: int) -> tuple[Formula,
         known.update(zip(outs, (Formula("a"), Formula("b")), strict=True))
     elif instance.ups[0].weight.shape[0] == width:
         known[outs[0]] = Formula("a")
+    masked = {mask.entry: mask.data for mask in instance.masks}
     for index in instance.middle:
         entry = log.entries[index]
         if entry.op == HOST_READ:
+            continue
+        if index in masked:
+            if masked[index] in known:
+                known[entry.results[0]] = known[masked[index]]
             continue
         if entry.name in MOVES and not any(slot in known for slot in entry.reads):
             for slot in entry.results:
@@ -150,9 +155,11 @@ def _place(log: Log, instance: Instance, slot: int, width: int, axis: int) -> tu
     shape = [1] * like.dim()
     shape[axis] = -1
     numbers = torch.arange(2 * width, device=like.device, dtype=torch.float64).reshape(shape).expand(like.shape)
-    moves = [i for i in instance.middle if log.entries[i].name in MOVES]
+    masked = {mask.entry for mask in instance.masks}
+    moves = [i for i in instance.middle if log.entries[i].name in MOVES or i in masked]
+    given = {mask.operand: mask.keeping(log) for mask in instance.masks}
     try:
-        moved = replay(log, moves, {instance.ups[0].out: numbers.clone()}, slot)
+        moved = replay(log, moves, {**given, instance.ups[0].out: numbers.clone()}, slot)
     except (RuntimeError, ValueError, KeyError, TypeError):
         return None
     row = moved.reshape(-1, width)[0].cpu()

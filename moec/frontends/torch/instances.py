@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Log, Ref
+from moec.frontends.torch.rowmasks import RowMask, read_masks, unproved
 from moec.weights import View
 
 
@@ -44,6 +45,7 @@ class Instance:
     """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between.
 
     `tail` are the entries of a norm behind the last product, `end` its result, `vectors` the parameters it reads.
+    `masks` are those of `middle` that clear rows by ids of experts, which is still to be proved of them.
     """
 
     ups: tuple[Linear, ...]
@@ -52,6 +54,7 @@ class Instance:
     tail: tuple[int, ...] = ()
     end: int | None = None
     vectors: tuple[View, ...] = ()
+    masks: tuple[RowMask, ...] = ()
 
     @property
     def last_product(self) -> Linear:
@@ -95,7 +98,7 @@ def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
         if used & set(sources):
             raise NotLifted("two products read the same expert's hidden values")
         used |= set(sources) | {i}
-        instances.append(Instance(tuple(linears[j] for j in sources), linears[i], middle_entries))
+        instances.append(_between(log, [linears[j] for j in sources], linears[i], middle_entries, stop))
     if not instances:
         return [Instance((linear,), None, ()) for linear in linears]
     loose = [linear.weight.param for i, linear in enumerate(linears) if i not in used]
@@ -104,6 +107,19 @@ def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
     for instance in instances:
         check_instance(log, instance)
     return instances
+
+
+def _between(
+    log: Log, ups: Sequence[Linear], down: Linear, middle: tuple[int, ...], stop: Mapping[int, int]
+) -> Instance:
+    """The instance of these layers; what masks over its rows are made of is no part of its middle."""
+    masks = read_masks(log, middle, [up.out for up in ups])
+    if isinstance(masks, str):
+        raise NotLifted(masks)
+    if masks:
+        given = {mask.operand: mask.entry for mask in masks}
+        middle = tuple(sorted(log.closure([(down.source, down.entry)], stop={**given, **stop})))
+    return Instance(tuple(ups), down, middle, masks=masks)
 
 
 def check_instance(log: Log, instance: Instance) -> None:
@@ -119,15 +135,24 @@ def check_instance(log: Log, instance: Instance) -> None:
         raise NotLifted(f"an expert has {len(instance.ups)} first layers")
     stop = {up.out for up in instance.ups}
     made = {slot for i in instance.middle for slot in log.entries[i].results}
+    masks = {(mask.entry, mask.operand) for mask in instance.masks}
     for index in instance.middle:
         for slot in log.entries[index].reads:
-            if slot in stop or slot in made:
+            if slot in stop or slot in made or (index, slot) in masks:
                 continue
             if log.param_of(slot) is not None or log.tensors[slot].numel() > 1:
                 name = log.param_of(slot)
                 kind = "torch.tensor(...)" if log.is_literal(slot) else "tensor"
                 what = f"parameter {name!r}" if name else f"a {kind} of shape {tuple(log.tensors[slot].shape)}"
                 raise NotLifted(f"hidden values are mixed with {what} by {log.entries[index].name}")
+
+
+def check_masks(log: Log, masks: Sequence[RowMask], is_ids: Callable[[int], bool], experts: int) -> None:
+    """Refuse a mask over hidden rows that is not proved to keep those of every id from 0 to experts - 1."""
+    for mask in masks:
+        reason = unproved(log, mask, is_ids, experts)
+        if reason is not None:
+            raise NotLifted(reason)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import understood
-from moec.frontends.torch.instances import NotLifted, Unsuited, find_instances
+from moec.frontends.torch.instances import NotLifted, Unsuited, check_masks, find_instances
 from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -86,7 +87,10 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         body = build_body(log, instances, banks, params)
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))
         return Reading(
-            body, entries, frozenset(inst.ups[0].weight for inst in instances if log.tensors[inst.rows].numel())
+            body,
+            entries,
+            frozenset(inst.ups[0].weight for inst in instances if log.tensors[inst.rows].numel()),
+            tuple(mask for inst in instances for mask in inst.masks),
         )
 
     reading = read(log)
@@ -148,6 +152,7 @@ def _direct(
     steered = steering_reads(log, site, [bound[name].slot for name in values])
     if steered:
         raise NotLifted(steered)
+    _check_masks(log, reading, roles, bound)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
     roles = _told_apart(site, maker, params)
     maker = replace(maker, roles=roles)
@@ -191,6 +196,16 @@ def _direct(
         probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
         dtype=x.dtype,
     )
+
+
+def _check_masks(log: Log, reading: Reading, roles: Roles, bound: Mapping[str, Any]) -> None:
+    """Refuse masks over hidden rows that the ids given to the call do not explain."""
+    ids = bound[roles.selector].slot if roles.selector is not None and roles.form in ("indices", "unit") else None
+
+    def is_ids(slot: int) -> bool:
+        return ids is not None and log.storages[slot] == log.storages[ids]
+
+    check_masks(log, reading.masks, is_ids, reading.body.experts)
 
 
 def _told_apart(site: Site, maker: Maker, params: Mapping[str, torch.Tensor]) -> Roles:

@@ -18,7 +18,7 @@ from moec.frontends.torch.direct import near, others_unread, steering_reads, ten
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
-from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.instances import NotLifted, check_masks
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import users_code
@@ -60,6 +60,7 @@ def lift_placed(
     binder = Binder(getattr(site.module, site.method))
     bound = binder(site.args, site.kwargs)
     check_direct(log, site, body.params, reading.entries)
+    check_masks(log, reading.masks, lambda slot: False, body.experts)  # no ids that could explain one
     steered = steering_reads(log, site, [bound[name].slot])
     if steered:
         raise NotLifted(steered)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.instances import NotLifted
+from moec.frontends.torch.instances import NotLifted, check_masks
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
+from moec.frontends.torch.rowmasks import RowMask
 from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
 from moec.frontends.torch.solve import Nearest, Solution
 
@@ -31,15 +33,16 @@ class Reading:
     body: Body
     entries: tuple[int, ...]
     reached: frozenset[object]
+    masks: tuple[RowMask, ...] = ()
 
 
-Seen = tuple[list[Observed], list[Log], Body]
+Seen = tuple[list[Observed], list[Log], Reading]
 Solve = Callable[[Blocks, Body, Mapping[str, torch.Tensor], Nearest], Solution | None]
 
 
 def analyse_slice(observed: Callable[[], Seen], params: Mapping[str, torch.Tensor], solve: Solve) -> Lifted:
     """Slice the smallest block around the experts that can be; raises NotLifted with the reason for the smallest."""
-    seen, more, body = observed()
+    seen, more, first = observed()
     reasons: list[NotLifted] = []
     for site in sites_of(seen[0])[:4]:
         for opened in (False, True):
@@ -47,7 +50,7 @@ def analyse_slice(observed: Callable[[], Seen], params: Mapping[str, torch.Tenso
             if opened and all(item.site is None for item in split(seen[0].log, site, seen[0].entries).items):
                 continue
             try:
-                return _slice(site, seen, more, body, params, blocks, solve, opened=opened)
+                return _slice(site, seen, more, first, params, blocks, solve, opened=opened)
             except NotLifted as reason:
                 reasons.append(reason)
     # How far a cut came says more than that another block does not hold the formula.
@@ -59,7 +62,7 @@ def _slice(
     site: Site,
     seen: list[Observed],
     more: list[Log],
-    body: Body,
+    reading: Reading,
     params: Mapping[str, torch.Tensor],
     blocks: Blocks,
     solve: Solve,
@@ -68,11 +71,12 @@ def _slice(
 ) -> Lifted:
     """The site sliced around its experts; raises NotLifted with the reason."""
     name = site.label or "the model"
-    nearest = Nearest()
+    nearest, body = Nearest(), reading.body
     solution = solve(blocks, body, params, nearest)
     if solution is None:
         why = "no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
         raise Unsolved(f"{name}: {why}", nearest.text)
+    check_masks(blocks.log, reading.masks, partial(_holds_ids, blocks, solution), body.experts)
     body = replace(body, identities=solution.identities)
     for other in seen[1:]:
         same_site(site, other.log)
@@ -85,6 +89,17 @@ def _slice(
         f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
     )
     return slice_at(site, seen, solution, body, params, evidence, more, opened=opened)
+
+
+def _holds_ids(blocks: Blocks, solution: Solution, slot: int) -> bool:
+    """Whether a tensor has the ids that the solution found, in their order."""
+    log = blocks.log
+    if solution.selector is None or solution.form not in ("indices", "unit") or log.tensors[slot].is_floating_point():
+        return False
+    ids, held = log.value(solution.selector, blocks.first), log.value(slot, blocks.first)
+    if ids is None or held is None or ids.numel() != held.numel():
+        return False
+    return torch.equal(ids.flatten().long(), held.flatten().long())
 
 
 def _toward_experts(module: torch.nn.Module, probe: torch.Tensor, experts: int) -> torch.Tensor:
@@ -106,29 +121,30 @@ def observe_experts(driver: Driver, read: Callable[[Log], Reading]) -> Seen:
     seen: list[Observed] = []
     more: list[Log] = []
     reached: set[object] = set()
-    body: Body | None = None
+    first: Reading | None = None
     for i in range(len(SHAPES) + _TRIES):
         batch, length = SHAPES[i] if i < len(SHAPES) else (2, 16 * 2 ** min(i - len(SHAPES), 4))
         shape = (batch, length, x.shape[-1]) if x.dim() == 3 else (batch * length, x.shape[-1])
         probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
-        if i > len(SHAPES) and body is not None:
-            probe = _toward_experts(driver.module, probe, body.experts)
+        if i > len(SHAPES) and first is not None:
+            probe = _toward_experts(driver.module, probe, first.body.experts)
         log, effects = driver.with_input(probe).observe()
         if effects:
             raise NotLifted(f"the block {effects[0]}")
         reading = read(log)
-        if body is None:
-            body = reading.body
-        elif reading.body != body:
+        if first is None:
+            first = reading
+        elif reading.body != first.body:
             raise NotLifted("the experts compute different things for different inputs")
         reached |= reading.reached
         if i < len(SHAPES):
             seen.append(Observed(log, reading.entries))
         else:
             more.append(log)
-        if i >= len(SHAPES) - 1 and len(reached) >= body.experts:
+        if i >= len(SHAPES) - 1 and len(reached) >= first.body.experts:
             break
-    assert body is not None
-    if len(reached) < body.experts:
-        raise NotLifted(f"{body.experts - len(reached)} of {body.experts} experts were never reached by the probes")
-    return seen, more, body
+    assert first is not None
+    count = first.body.experts
+    if len(reached) < count:
+        raise NotLifted(f"{count - len(reached)} of {count} experts were never reached by the probes")
+    return seen, more, first

@@ -24,13 +24,16 @@ class Sentinels(Bank):
     def clear(self, rows: Tensor, mask: Tensor) -> Tensor:
         return rows.masked_fill(mask, 0.0)
 
+    def hide(self, rows: Tensor, mask: Tensor) -> Tensor:
+        return self.clear(rows, mask)
+
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         picked, order = ids.flatten().sort()
         rows = x[order // TOP_K]
         mask = self.cleared(picked, rows)
         picked = picked.clamp(max=EXPERTS - 1)
-        rows = rows.masked_fill(picked[:, None] >= EXPERTS, 0.0)
-        hidden = self.clear(torch.bmm(self.gate_up[picked], rows[..., None])[..., 0], mask)
+        rows.masked_fill_((ids.flatten()[order] >= EXPERTS)[:, None], 0.0)
+        hidden = self.hide(torch.bmm(self.gate_up[picked], rows[..., None])[..., 0], mask)
         gate, up = hidden.chunk(2, dim=-1)
         out = torch.bmm(self.down[picked], (F.silu(gate) * up)[..., None])[..., 0]
         out = self.clear(out, mask) * weights.flatten()[order, None]
@@ -153,3 +156,30 @@ class Loud(Block):
     """Rows with an element beyond ten thousand are cleared."""
 
     bank = _Loud
+
+
+class _AfterPlace(_LatePlace):
+    def hide(self, rows: Tensor, mask: Tensor) -> Tensor:
+        return rows
+
+
+@case("masked.after_place", expect="left alone", reason=("arange",), decoy=unmasked, decoy_tokens=2600)
+class AfterPlace(Block):
+    """Results from the 2400th on are cleared behind the experts' layers, nothing between them."""
+
+    bank = _AfterPlace
+
+
+class _AfterQueue(_Queue):
+    def hide(self, rows: Tensor, mask: Tensor) -> Tensor:
+        return rows
+
+    def clear(self, rows: Tensor, mask: Tensor) -> Tensor:
+        return rows * ~mask
+
+
+@case("masked.after_queue", expect="left alone", reason=("cumsum",), decoy=unmasked, decoy_tokens=2600)
+class AfterQueue(Block):
+    """Results beyond a queue of 660 rows for each expert are multiplied by zero behind the experts' layers."""
+
+    bank = _AfterQueue

@@ -17,6 +17,7 @@ from moec.frontends.torch.instances import Instance, NotLifted, check_masks, fin
 from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.oplog import Log
 from moec.frontends.torch.recorder import record
+from moec.frontends.torch.rowmasks import idle_masks
 from tests.frontend_units.build import Do, given, params_of, rand
 
 R, D, WIDE, E = 7, 4, 6, 5
@@ -79,7 +80,7 @@ def test_one_expert_fewer_is_not_proved(clear: Clear) -> None:
     """The same code where there is an expert more: its rows would be lost."""
     log, instance = find(clear)
     ids = log.storages[given(log, 1)]
-    with pytest.raises(NotLifted, match=f"rows of expert {E} are masked"):
+    with pytest.raises(NotLifted, match=f"the rows of expert {E} are masked"):
         check_masks(log, instance.masks, lambda slot: log.storages[slot] == ids, E + 1)
 
 
@@ -150,3 +151,45 @@ def test_rows_that_the_probe_did_clear_do_not_matter() -> None:
     log, instance = find(PROVED["filled"], torch.tensor([E, 0, E, 2, 1, E, 0]))
     assert len(instance.masks) == 1
     prove(log, instance)
+
+
+IDLE: dict[str, Clear] = {
+    "filled": lambda h, ids: h.masked_fill((torch.arange(R) > 90)[:, None], 0.0),
+    "where": lambda h, ids: torch.where((torch.arange(R) < 90)[:, None], h, torch.ones_like(h)),
+    "multiplied": lambda h, ids: h * (torch.arange(R) < 90)[:, None],
+    "a cast": lambda h, ids: h * (torch.arange(R) < 90).float().view(R, 1),
+}
+
+
+@pytest.mark.parametrize("after", IDLE.values(), ids=IDLE)
+def test_masks_that_did_nothing_are_seen_around_the_layers(after: Clear) -> None:
+    module = Do(lambda m, x, ids: after(F.linear(x, m.u), ids), u=rand(WIDE, D))
+    log = record(module, (rand(R, D), IDS), {})
+    (mask,) = idle_masks(log, range(len(log.entries)))
+    with pytest.raises(NotLifted, match="arange"):
+        check_masks(log, [], lambda slot: False, E, [mask])
+
+
+def test_a_choice_of_experts_behind_a_layer_is_no_other_reason() -> None:
+    """All ids were 2 while observed; what the mask does to others, probes that choose them show."""
+    module = Do(lambda m, x, ids: F.linear(x, m.u) * (ids == 2)[:, None], u=rand(WIDE, D))
+    log = record(module, (rand(R, D), torch.full((R,), 2)), {})
+    (mask,) = idle_masks(log, range(len(log.entries)))
+    ids = log.storages[given(log, 1)]
+    check_masks(log, [], lambda slot: log.storages[slot] == ids, E, [mask])
+    with pytest.raises(NotLifted, match="more than their expert ids"):
+        check_masks(log, [], lambda slot: False, E, [mask])
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda h, ids: h.masked_fill((ids == 2)[:, None], 0.0),
+        lambda h, ids: torch.where(h > 0, h, 0.0),
+        lambda h, ids: h * torch.ones(R, 1),
+    ],
+)
+def test_what_shows_in_values_is_left_to_the_probes(after: Clear) -> None:
+    module = Do(lambda m, x, ids: after(F.linear(x, m.u), ids), u=rand(WIDE, D))
+    log = record(module, (rand(R, D), IDS), {})
+    assert list(idle_masks(log, range(len(log.entries)))) == []

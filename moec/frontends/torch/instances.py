@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Log, Ref
-from moec.frontends.torch.rowmasks import RowMask, read_masks, unproved
+from moec.frontends.torch.rowmasks import RowMask, read_masks, unexplained, unproved
 from moec.weights import View
 
 
@@ -147,12 +147,22 @@ def check_instance(log: Log, instance: Instance) -> None:
                 raise NotLifted(f"hidden values are mixed with {what} by {log.entries[index].name}")
 
 
-def check_masks(log: Log, masks: Sequence[RowMask], is_ids: Callable[[int], bool], experts: int) -> None:
-    """Refuse a mask over hidden rows that is not proved to keep those of every id from 0 to experts - 1."""
-    for mask in masks:
-        reason = unproved(log, mask, is_ids, experts)
-        if reason is not None:
-            raise NotLifted(reason)
+def check_masks(
+    log: Log,
+    masks: Sequence[RowMask],
+    is_ids: Callable[[int], bool],
+    experts: int,
+    around: Iterable[RowMask] = (),
+) -> None:
+    """Refuse a mask over hidden rows that is not proved to keep those of every id from 0 to experts - 1.
+
+    Of masks `around` the layers, those are refused that depend on more than ids.
+    """
+    reasons = [unproved(log, mask, is_ids, experts) for mask in masks]
+    reasons += [unexplained(log, mask, is_ids) for mask in around]
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None:
+        raise NotLifted(reason)
 
 
 @dataclass(frozen=True)

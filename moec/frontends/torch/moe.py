@@ -30,11 +30,12 @@ from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed, users_code
 from moec.frontends.torch.observe import tokens as random_tokens
-from moec.frontends.torch.oplog import Log, Site
+from moec.frontends.torch.oplog import Log, Ref, Site
 from moec.frontends.torch.placed import fit_places, lift_placed
 from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
 from moec.frontends.torch.recorder import record
 from moec.frontends.torch.routedslice import Reading, Seen, Unsolved, analyse_slice, observe_experts
+from moec.frontends.torch.rowmasks import idle_masks
 from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
 from moec.frontends.torch.sizes import Size, solve
 from moec.frontends.torch.solve import solve_routed
@@ -152,7 +153,7 @@ def _direct(
     steered = steering_reads(log, site, [bound[name].slot for name in values])
     if steered:
         raise NotLifted(steered)
-    _check_masks(log, reading, roles, bound)
+    _check_masks(log, site, reading, roles, bound)
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
     roles = _told_apart(site, maker, params)
     maker = replace(maker, roles=roles)
@@ -198,14 +199,16 @@ def _direct(
     )
 
 
-def _check_masks(log: Log, reading: Reading, roles: Roles, bound: Mapping[str, Any]) -> None:
-    """Refuse masks over hidden rows that the ids given to the call do not explain."""
+def _check_masks(log: Log, site: Site, reading: Reading, roles: Roles, bound: Mapping[str, Any]) -> None:
+    """Refuse masks between the layers and around them that the ids given to the call do not explain."""
     ids = bound[roles.selector].slot if roles.selector is not None and roles.form in ("indices", "unit") else None
 
     def is_ids(slot: int) -> bool:
         return ids is not None and log.storages[slot] == log.storages[ids]
 
-    check_masks(log, reading.masks, is_ids, reading.body.experts)
+    assert isinstance(site.result, Ref)
+    around = log.closure([(site.result.slot, site.end)], start=site.start).difference(reading.entries)
+    check_masks(log, reading.masks, is_ids, reading.body.experts, idle_masks(log, around))
 
 
 def _told_apart(site: Site, maker: Maker, params: Mapping[str, torch.Tensor]) -> Roles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
-from moec.frontends.torch.rowmasks import RowMask
+from moec.frontends.torch.rowmasks import RowMask, idle_masks
 from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_input, sites_of, slice_at
 from moec.frontends.torch.solve import Nearest, Solution
 
@@ -76,7 +76,8 @@ def _slice(
     if solution is None:
         why = "no tensors x, experts, weights and y of the block satisfy y = sum of w * f(x)"
         raise Unsolved(f"{name}: {why}", nearest.text)
-    check_masks(blocks.log, reading.masks, partial(_holds_ids, blocks, solution), body.experts)
+    is_ids, around = partial(_holds_ids, blocks, solution), _idle(blocks, solution, reading)
+    check_masks(blocks.log, reading.masks, is_ids, body.experts, around)
     body = replace(body, identities=solution.identities)
     for other in seen[1:]:
         same_site(site, other.log)
@@ -89,6 +90,15 @@ def _slice(
         f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
     )
     return slice_at(site, seen, solution, body, params, evidence, more, opened=opened)
+
+
+def _idle(blocks: Blocks, solution: Solution, reading: Reading) -> Iterator[RowMask]:
+    """Masks that did nothing, among what the slice replaces around the experts."""
+    log, start = blocks.log, blocks.site.start
+    given = [slot for slot in (solution.x, solution.selector, solution.weights) if slot is not None]
+    kept = log.closure([(slot, blocks.first) for slot in given], start=start)
+    made = log.closure([(solution.y, solution.complete + 1)], start=start)
+    return idle_masks(log, made.difference(kept, reading.entries))
 
 
 def _holds_ids(blocks: Blocks, solution: Solution, slot: int) -> bool:

@@ -1,4 +1,4 @@
-"""Masks over an expert's hidden rows: code that clears the rows of ids that stand for no expert.
+"""Masks over experts' rows: code that clears the rows of ids that stand for no expert.
 
 Where every id stands for an expert such a mask does nothing, so no probe shows what it does. It is read off the log and
 proved: what it is made of must be each row's own id, seen through comparisons with numbers, and it must keep the rows
@@ -9,7 +9,7 @@ R rows, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -98,11 +98,50 @@ def _mask(log: Log, entry: Entry, hidden: Collection[int]) -> RowMask | str | No
     path, mask = _walk(log, operand, entry.index), RowMask(entry.index, data, operand, kept)
     if isinstance(path, str):
         asked = entry.name.startswith(("masked_fill", "where")) and _over_rows(log.tensors[operand])
-        return f"an expert's hidden rows are masked by more than their expert ids: {path}" if asked else None
+        return f"experts' rows are masked by more than their expert ids: {path}" if asked else None
     number = _number(log, other, entry.index)
     if number is None:
         return None
     return mask if number == 0 else f"masked rows of an expert's hidden values are set to {number:g}"
+
+
+def idle_masks(log: Log, entries: Collection[int]) -> Iterator[RowMask]:
+    """Masks among the entries that left everything as it was in this run: what else they do it does not show."""
+    for index in sorted(entries):
+        entry = log.entries[index]
+        args = [a.slot for a in entry.args if isinstance(a, Ref)]
+        if not args or not all(log.tensors[slot].is_floating_point() for slot in entry.results):
+            continue
+        match entry.name:
+            case "masked_fill" | "masked_fill_":
+                data, operand, kept = args[0], args[1], 0.0
+            case "where" if len(args) == 3:
+                operand, data = args[:2]
+                kept = float(_is_whole(log, operand, index, 1.0))
+            case "mul" | "mul_" if len(args) == 2 and any(_is_choice(log, slot) for slot in args):
+                operand, kept = next(slot for slot in args if _is_choice(log, slot)), 1.0
+                data = args[1] if operand == args[0] else args[0]
+            case _:
+                continue
+        if log.tensors[operand].numel() > 1 and _is_whole(log, operand, index, kept):
+            yield RowMask(index, data, operand, kept)
+
+
+def _is_whole(log: Log, slot: int, at: int, value: float) -> bool:
+    held = log.value(slot, at)
+    return held is not None and bool((held == value).all())
+
+
+def _is_choice(log: Log, slot: int) -> bool:
+    """Whether the tensor is true or false, or a cast of what is, in whatever arrangement."""
+    while log.tensors[slot].dtype != torch.bool:
+        made = log.producer(slot)
+        entry = log.entries[made] if made is not None else None
+        moved = entry is not None and (entry.name in _MOVES or entry.name == "_to_copy")
+        if entry is None or not moved or not entry.args or not isinstance(entry.args[0], Ref):
+            return False
+        slot = entry.args[0].slot
+    return True
 
 
 def _over_rows(operand: torch.Tensor) -> bool:
@@ -159,6 +198,15 @@ def _step(log: Log, slot: int, at: int) -> Entry | str:
     return f"a tensor of shape {shape} that is written to" if log.writers(slot, at) else entry
 
 
+def unexplained(log: Log, mask: RowMask, is_ids: IsIds) -> str | None:
+    """What the mask reads beside the ids; None where each element is a function of one id.
+
+    Probes that choose every expert show what such a mask does, wherever it stands around the layers.
+    """
+    path = _walk(log, mask.operand, mask.entry, is_ids)
+    return f"experts' rows are masked by more than their expert ids: {path}" if isinstance(path, str) else None
+
+
 def unproved(log: Log, mask: RowMask, is_ids: IsIds, experts: int) -> str | None:
     """Why the mask may clear more than the rows of ids outside 0..experts-1; None where it is proved that it does not.
 
@@ -167,18 +215,18 @@ def unproved(log: Log, mask: RowMask, is_ids: IsIds, experts: int) -> str | None
     """
     path = _walk(log, mask.operand, mask.entry, is_ids)
     if isinstance(path, str):
-        return f"an expert's hidden rows are masked by more than their expert ids: {path}"
+        return f"experts' rows are masked by more than their expert ids: {path}"
     try:
         kept = {slot: _constant(log, path, slot, range(experts), None) for slot in path.joined}
         cleared = next((e for e in range(experts) if not _is(log, path, mask.operand, e, mask.kept)), None)
         odd = None in kept.values()
         halves = not all(_constant(log, path, mask.operand, [e], (0.0, 1.0)) is not None for e in (-1, experts))
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        return f"the mask over an expert's hidden rows cannot be run again: {error}"
+        return f"the mask over experts' rows cannot be run again: {error}"
     if cleared is not None:
-        return f"the hidden rows of expert {cleared} are masked"
+        return f"the rows of expert {cleared} are masked"
     if odd or halves:
-        return "the mask over an expert's hidden rows is no plain choice by their expert ids"
+        return "the mask over experts' rows is no plain choice by their expert ids"
     return None
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import moec
 from moec.errors import MoecError
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
@@ -103,3 +104,42 @@ def test_a_slot_may_be_handed_back_as_another_tensor() -> None:
 def test_what_steps_need_from_before() -> None:
     steps = [step(torch.add, Ref(1), Ref(2), outs=(3,)), step(torch.add, Ref(3), Ref(4), outs=(2,))]
     assert used_by(steps, (Ref(2), Ref(5))) == {1, 2, 4, 5}
+
+
+class KeywordFfn(nn.Module):
+    """Submodules whose names Python code cannot say after a dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("in", nn.Linear(8, 12))
+        self.add_module("not", nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, "not")(torch.relu(getattr(self, "in")(x)))
+        return y
+
+
+class KeywordMixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: Any = nn.ModuleDict({"class": nn.Linear(8, 4, bias=False)})
+        self.experts = nn.ModuleList(KeywordFfn() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.parts["class"](x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("kind", [KeywordFfn, KeywordMixture])
+def test_submodules_may_be_named_by_keywords(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    fast = moec.compile(model, example_inputs=(torch.randn(6, 8),), strict=True)
+    x = torch.randn(9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    assert not any(layer.fallbacks for layer in fast.moec.report.layers)

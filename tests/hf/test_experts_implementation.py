@@ -164,3 +164,17 @@ def test_compiling_such_a_model() -> None:
     fast = moec.compile(model, example_inputs=inputs, strict=True)
     assert_close(run(fast, inputs).logits, run(want, inputs).logits)
     assert_close(run(model, inputs).logits, run(want, inputs).logits)
+
+
+@pytest.mark.parametrize("again", ["restore", "compile and restore"])
+def test_restore_leaves_the_implementation_alone(again: str) -> None:
+    model = with_moec("mixtral")
+    inputs = MODELS["mixtral"].inputs(2, 5, seed=1)
+    want = run(model, inputs).logits
+    if again != "restore":
+        moec.compile(model, inplace=True)
+    moec.restore(model)
+    kept = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, hf.ExpertsMethod)]
+    assert kept
+    assert not any(method.restored for method in kept)
+    assert_close(run(model, inputs).logits, want)

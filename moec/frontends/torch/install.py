@@ -334,7 +334,9 @@ def install(compiled: CompiledMethod) -> None:
 
 def installed(model: torch.nn.Module) -> list[CompiledMethod]:
     """All compiled methods inside a model."""
-    return [v for m in model.modules() for v in list(m.__dict__.values()) if isinstance(v, CompiledMethod)]
+    found = [item for m in model.modules() for item in list(m.__dict__.items())]
+    # What is kept under another name, as an experts implementation is, overrides nothing.
+    return [v for name, v in found if isinstance(v, CompiledMethod) and name == v.method]
 
 
 def drop_own_methods(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ For a layer of small experts, walking the steps and filling their arguments in w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def used_by(steps: Sequence[Step], result: Any) -> set[int]:
     return used | set(slots(result)) - made
 
 
+def is_plain(name: str) -> bool:
+    """Whether Python code can say `module.name`: keywords are identifiers, too, and names of submodules."""
+    return name.isidentifier() and not iskeyword(name)
+
+
 class _Writer:
     """Python expressions for templates; what has no literal is a constant by name."""
 
@@ -67,7 +73,7 @@ class _Writer:
         if step.path is None:
             return self.constant(step.op)
         parts = step.path.split(".")
-        direct = all(part.isidentifier() for part in parts)
+        direct = all(is_plain(part) for part in parts)
         return f"module.{step.path}" if direct else f"module.get_submodule({step.path!r})"
 
     def constant(self, value: Any) -> str:

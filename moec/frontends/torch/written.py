@@ -15,6 +15,7 @@ from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
+from moec.frontends.torch.straight import is_plain
 
 Experts = Callable[..., torch.Tensor]
 """x[..., D], selector or None, weights or None -> [T, O]."""
@@ -119,7 +120,7 @@ def attribute(name: str) -> str:
     """How to reach a parameter or submodule of `module`, by attributes alone: containers number theirs."""
     text = "module"
     for part in name.split(".") if name else ():
-        text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+        text = f"{text}.{part}" if is_plain(part) else f"getattr({text}, {part!r})"
     return text
 
 

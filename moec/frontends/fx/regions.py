@@ -15,19 +15,11 @@ import networkx as nx
 import torch
 from torch import fx
 
+from moec.frontends.fx.memory import Memory, is_fixed
+
 # How often x moves up to take in a value from outside, and how far behind the first meeting point y is looked for.
 _MOST_MOVES, _MOST_ENDS = 12, 10
 _IN, _OUT = "in", "out"
-_IN_PLACE = frozenset(
-    {"setitem", "__setitem__", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "and", "or"))}
-)
-_SHAPING = (
-    "view reshape view_as reshape_as transpose t permute squeeze unsqueeze expand expand_as flatten unflatten movedim"
-)
-_TAKING = (
-    "getitem chunk split unbind narrow select swapaxes T mT diagonal as_strided getattr detach contiguous to float type"
-)
-_VIEWS = frozenset(f"{_SHAPING} {_TAKING}".split())
 
 
 @dataclass(frozen=True)
@@ -45,14 +37,15 @@ class Part:
 class Flow:
     """How values flow through a graph; `weights` are the nodes that hold parameters and buffers."""
 
-    def __init__(self, graph: fx.Graph, weights: Collection[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, memory: Memory, weights: Collection[fx.Node]) -> None:
+        self.memory = memory
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.weights = set(weights)
         self.switches = [node for node in graph.nodes if _is_switch(node)]
         self.constant = set(self.weights)
         for node in graph.nodes:  # a transposed weight is a weight, and so is what is made of numbers
             fixed = all(one in self.constant for one in node.all_input_nodes)
-            if node.op in ("call_function", "call_method") and fixed and not writes(node):
+            if fixed and is_fixed(node) and node not in memory.writes:
                 self.constant.add(node)
         self.flow = nx.DiGraph()
         self.flow.add_nodes_from((_IN, _OUT))
@@ -62,14 +55,13 @@ class Flow:
             elif node not in self.constant and not is_assertion(node):
                 inputs = [one for one in node.all_input_nodes if one not in self.constant]
                 self.flow.add_edges_from((one, node) for one in inputs or [_IN])
-        for node in graph.nodes:
-            if writes(node):
-                self._order_writes(node)
+        for node in memory.writes:
+            self._order_writes(node)
         self.above = nx.immediate_dominators(self.flow, _IN)
 
     def _order_writes(self, write: fx.Node) -> None:
         """What reads a value after it was written to in place depends on the write."""
-        for value in _aliases(_written(write)):
+        for value in self.memory.written(write):
             for user in value.users:
                 if self.order[user] > self.order[write] and write in self.flow:
                     end = _OUT if user.op == "output" else user
@@ -122,7 +114,7 @@ class Flow:
             moved = None
             for y in self._ends(x, core):
                 inside = self._between(x, y)
-                if self._leaks(inside, y, core) or self._is_written_to({x, *inside}, inside) or self._switches(inside):
+                if self._leaks(inside, y, core) or self._switches(inside):
                     continue
                 outside = {p for node in inside for p in self._inputs(node)} - inside - {x}
                 sizes = {node: axes for node in outside if (axes := axes_of(x, node))}
@@ -130,7 +122,8 @@ class Flow:
                 if rest:
                     moved = moved if moved is not None else self._common({x, *rest})
                     break
-                yield self._part(x, y, inside, sizes)
+                if not self._is_written_to(x, y, inside):
+                    yield self._part(x, y, inside, sizes)
             if moved is None:
                 yield "no value takes in all that its experts compute"
                 return
@@ -148,7 +141,7 @@ class Flow:
         Other results, such as the router's, may be: their operations stay.
         """
         behind = core | (_reached(self.flow, core) & inside)
-        behind |= {alias for node in inside if writes(node) for alias in _aliases(_written(node))}
+        behind |= {alias for node in inside & self.memory.writes.keys() for alias in self.memory.written(node)}
         return any(
             user not in inside and not is_assertion(user) for node in behind & inside - {y} for user in node.users
         )
@@ -158,11 +151,37 @@ class Flow:
         places = [self.order[node] for node in inside]
         return any(min(places) < self.order[node] < max(places) for node in self.switches)
 
-    def _is_written_to(self, values: set[fx.Node], inside: set[fx.Node]) -> bool:
-        """Whether an operation outside writes to one of the values in place before all of them are computed."""
-        last = max(self.order[node] for node in inside)
-        touching = {user for node in values for alias in _aliases(node) for user in alias.users}
-        return any(writes(user) and user not in inside and self.order[user] < last for user in touching)
+    def _is_written_to(self, x: fx.Node, y: fx.Node, inside: set[fx.Node]) -> bool:
+        """Whether a write may change what the part reads or gives, or a write of the part what others read."""
+        memory, last = self.memory, max(self.order[node] for node in inside)
+        values, result = memory.aliases(x, *inside), memory.aliases(y)
+        held = memory.aliases(*self._constants(inside), *(one for node in inside for one in memory.holders(node)))
+        shown = x in result or any(user not in inside for node in result & inside - {y} for user in node.users)
+        for write in memory.writes:
+            changed = memory.written(write)
+            if changed & held:
+                return True
+            if write in inside:
+                if any(not self._is_own(node, x, inside) for node in changed):
+                    return True
+            elif (self.order[x] < self.order[write] < last and changed & values) or (shown and changed & result):
+                return True
+        return False
+
+    def _is_own(self, node: fx.Node, x: fx.Node, inside: set[fx.Node]) -> bool:
+        """Whether a value is the part's, or one that is computed from it behind its result."""
+        return node in inside or (node is not x and self.order[node] > self.order[x] and node not in self.constant)
+
+    def _constants(self, inside: set[fx.Node]) -> set[fx.Node]:
+        """The weights that these read, and what is computed from weights on the way."""
+        found: set[fx.Node] = set()
+        todo = [one for node in inside for one in node.all_input_nodes if one in self.constant]
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += node.all_input_nodes
+        return found
 
     def _inputs(self, node: fx.Node) -> list[Any]:
         return list(self.flow.predecessors(node))
@@ -218,51 +237,9 @@ def _reached(flow: Any, nodes: Collection[Any]) -> set[Any]:
     return found
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether a node changes one of its operands in place."""
-    if "out" in node.kwargs:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
-        return False
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
-
-
 def _is_switch(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
     return any(word in name for word in ("set_grad_enabled", "autocast", "inference_mode", "no_grad"))
-
-
-def _written(write: fx.Node) -> fx.Node | None:
-    """The operand that a node writes to."""
-    found = write.kwargs.get("out", write.args[0] if write.args else None)
-    return found if isinstance(found, fx.Node) else None
-
-
-def _aliases(value: fx.Node | None) -> set[fx.Node]:
-    """The value and what may share its memory: what it is a view of, and views of those."""
-    found: set[fx.Node] = set()
-    todo = [value] if value is not None else []
-    while todo:
-        node = todo.pop()
-        if node in found:
-            continue
-        found.add(node)
-        todo += [user for user in node.users if _may_view(user)]
-        if _may_view(node) and node.args and isinstance(node.args[0], fx.Node):
-            todo.append(node.args[0])
-    return found
-
-
-def _may_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        returned = node.target._schema.returns
-        return any(one.alias_info is not None for one in returned) or "reshape" in node.target.name()
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and (name in _VIEWS or writes(node))
 
 
 def value_of(node: fx.Node) -> Any:

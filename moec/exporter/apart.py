@@ -1,4 +1,4 @@
-"""How long a large file takes to load and what memory it needs, in a process that has only ONNX Runtime."""
+"""What a file takes where it will run: time and memory in a process that holds nothing but ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moec.exporter.result import ExportReport
-
-CODE = """
-import json, resource, sys, time
+# VmHWM is of this process alone; getrusage's maximum may be that of the one that started it.
+_CODE = """
+import json, os, sys, time
 import numpy, onnxruntime
-path, inputs, threads = sys.argv[1:]
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if not os.path.exists("/proc/self/status"):
+        return None
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+path, inputs = sys.argv[1:]
+feed = dict(numpy.load(inputs))
 before = peak()
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
-options.intra_op_num_threads = int(threads)
 start = time.perf_counter()
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 seconds = time.perf_counter() - start
-given = numpy.load(inputs)
-session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
-print(json.dumps([seconds, peak() - before]))
+session.run(None, {one.name: feed[one.name] for one in session.get_inputs()})
+print(json.dumps([seconds, before and peak() - before]))
 """
 
 
-def load_apart(path: Path, feed: Mapping[str, Any], report: ExportReport, threads: int = 0) -> None:
-    """Enter both in the report; where the process fails, say so."""
+@dataclass(frozen=True)
+class Apart:
+    """How long loading took, and the bytes that loading and one run added at most, where the system tells."""
+
+    load_seconds: float
+    peak_bytes: int | None
+
+
+def run_apart(path: Path, feed: Mapping[str, Any]) -> Apart:
+    """Load a file and run it once, with ONNX Runtime's defaults. Raises RuntimeError with the reason where that fails."""
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         inputs = Path(folder) / "inputs.npz"
         np.savez(inputs, **feed)
-        command = [sys.executable, "-c", CODE, str(path.resolve()), str(inputs), str(threads)]
+        command = [sys.executable, "-c", _CODE, str(path.resolve()), str(inputs)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
-        report.notes.append(f"the file was not loaded in a process of its own: {last[:200]}")
-        return
-    report.load_seconds, report.memory_bytes = json.loads(done.stdout)
+        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]
+        raise RuntimeError(f"a process of its own does not run it: {reason}")
+    return Apart(*json.loads(done.stdout))

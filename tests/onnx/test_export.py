@@ -22,8 +22,8 @@ import moec
 from moec.backends.onnx.providers import why_no_cuda
 from moec.demo.data import load_model
 from moec.exporter import export as exporting
+from moec.exporter.apart import run_apart
 from moec.exporter.check import Check
-from moec.exporter.clean import peak_memory
 from moec.verify import FP32_BAR
 from tests.onnx import models
 from tests.onnx.models import OneLayer
@@ -203,9 +203,9 @@ def test_a_static_file_that_does_not_run_elsewhere_is_not_written(
 ) -> None:
     def broken(path: Path, feed: Any) -> int:
         assert path.exists()
-        raise RuntimeError("a clean process does not run it: no such op")
+        raise RuntimeError("a process of its own does not run it: no such op")
 
-    monkeypatch.setattr(exporting, "peak_memory", broken)
+    monkeypatch.setattr(exporting, "run_apart", broken)
     with pytest.raises(moec.MoecError, match=r"MOEC704.*no such op"):
         moec.export(OneLayer().eval(), tmp_path / "out.onnx", (torch.randn(7, 16),), static=True)
     assert list(tmp_path.iterdir()) == []
@@ -220,9 +220,8 @@ def test_a_checkout_that_is_not_installed_exports_too(tmp_path: Path, monkeypatc
 
 def test_what_a_clean_process_says(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"nothing")
-    if Path("/proc/self/status").exists():
-        with pytest.raises(RuntimeError, match="a clean process does not run it"):
-            peak_memory(tmp_path / "no.onnx", {"x": np.zeros(1, np.float32)})
+    with pytest.raises(RuntimeError, match="a process of its own does not run it"):
+        run_apart(tmp_path / "no.onnx", {"x": np.zeros(1, np.float32)})
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

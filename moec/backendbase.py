@@ -21,8 +21,6 @@ BACKENDS: Mapping[str, str] = {
     "reference": "moec.backends.reference",
     "triton": "moec.backends.triton",
 }
-# Names that get a better answer than "unknown".
-PLANNED: Mapping[str, str] = {}
 
 
 class Weights(Protocol):
@@ -118,9 +116,7 @@ class Backend(Protocol):
 
 
 def load_backend(name: str) -> Backend:
-    """The back end of this name, imported now. Raises MOEC401 for an unknown name, MOEC402 for one that is planned."""
-    if name in PLANNED:
-        raise MoecError("MOEC402", PLANNED[name], hint=f"one of {', '.join(sorted(BACKENDS))}")
+    """The back end of this name, imported now. Raises MOEC401 for an unknown name."""
     if name not in BACKENDS:
         hint = did_you_mean(name, BACKENDS) or f"one of {', '.join(sorted(BACKENDS))}"
         raise MoecError("MOEC401", f'unknown back end "{name}"', hint=hint)

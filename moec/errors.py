@@ -62,7 +62,6 @@ CODES: Mapping[str, str] = MappingProxyType(
         "MOEC310": "option of a pass that does not fit the region",
         # 4xx: back ends
         "MOEC401": "unknown back end",
-        "MOEC402": "back end that does not exist yet",
         "MOEC403": "op that the back end cannot run",
         "MOEC404": "input that is not what the region takes",
         "MOEC405": "weight that is not what the region takes",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moec.backendbase import BACKENDS, PLANNED, Backend, load_backend
+from moec.backendbase import Backend, load_backend
 from moec.errors import MoecError
 from moec.ir import OPS, Act, Node, Op, Region, Tensor, Value, parse
 from moec.ir.core import require
@@ -30,14 +30,6 @@ def test_unknown_back_ends() -> None:
     error = refused("MOEC401", load_backend, "refrence")
     assert str(error) == '[MOEC401] unknown back end "refrence"\n  hint: did you mean "reference"?'
     assert refused("MOEC401", load_backend, "cuda").hint == "one of onnxruntime, reference, triton"
-
-
-@pytest.mark.parametrize("name", sorted(PLANNED))
-def test_back_ends_that_do_not_exist_yet(name: str) -> None:
-    error = refused("MOEC402", load_backend, name)
-    assert error.message.endswith("does not exist yet")
-    assert error.hint == "one of onnxruntime, reference, triton"
-    assert name not in BACKENDS
 
 
 def test_the_reference_is_a_back_end() -> None:

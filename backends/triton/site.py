@@ -67,7 +67,7 @@ class Site:
         scratch: bool = False,
     ) -> Launch:
         """The launch of a kernel with these constants, made once."""
-        key = (kernel.__name__, tuple(constants.items()), warps, stages, pdl)
+        key = (kernel.__name__, tuple(constants.items()), warps, stages, pdl, scratch)
         if key not in self.made:
             self.made[key] = Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl, scratch=scratch)
         return self.made[key]

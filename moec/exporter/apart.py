@@ -44,7 +44,7 @@ class Apart:
 
 
 def run_apart(path: Path, feed: Mapping[str, Any]) -> Apart:
-    """Load a file and run it once, with ONNX Runtime's defaults. Raises RuntimeError with the reason where that fails."""
+    """Load a file and run it once, with ONNX Runtime's defaults. Raises RuntimeError with the reason if that fails."""
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         inputs = Path(folder) / "inputs.npz"
         np.savez(inputs, **feed)

@@ -12,7 +12,7 @@ import pytest
 import moec
 from tests.onnx import written
 from tests.onnx.own_ops import moe_file
-from tests.onnx.test_read import check_rewritten, outputs
+from tests.onnx.reading import check_rewritten, outputs
 
 X = {"x": np.random.default_rng(1).standard_normal((23, 32)).astype(np.float32)}
 

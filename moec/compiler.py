@@ -13,9 +13,9 @@ from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
 from moec.frontends.torch.gradients import recording_of
 from moec.frontends.torch.graphed import Graphed, graphed
-from moec.frontends.torch.install import CompiledMethod, Recording
 from moec.frontends.torch.layer_op import forget
 from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.method import CompiledMethod, Recording
 from moec.frontends.torch.training import differs_in_training
 from moec.ir import Region
 from moec.options import Options

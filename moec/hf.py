@@ -16,7 +16,7 @@ from moec.compiler import Compiled, choose_backend, compile_layer
 from moec.errors import MoecError
 from moec.frontends.torch.analyse import analyse
 from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.install import CompiledMethod
+from moec.frontends.torch.method import CompiledMethod
 from moec.frontends.torch.twin import make_probe
 from moec.options import Options
 from moec.undisturbed import undisturbed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
-from moec.frontends.torch.install import FallbackWarning
+from moec.frontends.torch.fallback import FallbackWarning
 from tests.frontend import changing, elsewhere
 from tests.frontend.changing import Direct, Expert, Plain, Sliced, made
 

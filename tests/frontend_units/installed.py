@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moec.frontends.torch.install import CompiledMethod, install
+from moec.frontends.torch.install import install
+from moec.frontends.torch.method import CompiledMethod
 from moec.report import LayerReport
 from moec.weights import View, WeightStore
 from tests.frontend_units.build import rand

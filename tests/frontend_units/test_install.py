@@ -6,7 +6,7 @@ D width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,25 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from moec.errors import MoecError
+from moec.frontends.torch.fallback import FallbackWarning
 from moec.frontends.torch.install import (
-    FallbackWarning,
     installed,
     uninstall,
 )
 from moec.frontends.torch.routing import Unusual
 from tests.frontend_units.installed import Installed, Layer, X
 
-
-@pytest.fixture
-def layer() -> Installed:
-    return Installed()
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def test_in_eval_mode_the_compiled_layer_runs(layer: Installed) -> None:

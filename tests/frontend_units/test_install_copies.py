@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,24 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from moec.errors import MoecError
+from moec.frontends.torch.fallback import FallbackWarning
 from moec.frontends.torch.install import (
-    FallbackWarning,
     drop_own_methods,
     installed,
 )
 from tests.frontend_units.installed import D, Installed, Layer, X
 
-
-@pytest.fixture
-def layer() -> Installed:
-    return Installed()
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def test_a_copy_of_the_module_is_compiled_on_its_own_weights(layer: Installed) -> None:

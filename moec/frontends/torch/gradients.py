@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.backendbase import Executable, load_backend
 from moec.errors import MoecError
-from moec.frontends.torch.install import Recording
 from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.method import Recording
 from moec.frontends.torch.recompute import in_place, slots_of
 from moec.ir import Region
 from moec.report import LayerReport

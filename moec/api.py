@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from moec.compiler import Compiled, choose_backend
-from moec.environment import machine, versions
 from moec.errors import MoecError
-from moec.freeing import compile_freed, gather_layer, refuse_freeing
-from moec.frontends.torch.analyse import Analysis, analyse, candidates
-from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.install import CompiledMethod, drop_own_methods, install, installed, uninstall
+from moec.freeing import gather_layer
+from moec.frontends.torch.install import drop_own_methods, install, installed, uninstall
+from moec.frontends.torch.method import CompiledMethod
 from moec.frontends.torch.remade import Remade
-from moec.frontends.torch.twin import borrowed, closures_over, make_probe, make_twin
+from moec.frontends.torch.twin import closures_over, make_twin
 from moec.graphmodules import compile_graph, is_graph
+from moec.modules import compile_modules, probe_of
 from moec.options import Options
-from moec.progress import progress
-from moec.report import LayerReport, Report
+from moec.report import Report
 from moec.undisturbed import undisturbed
-from moec.verify import compare_results
 
 Example = tuple[Any, ...] | Mapping[str, Any] | None
 
@@ -82,8 +75,8 @@ def compile(model: Any, *, example_inputs: Example = None, **options: Any) -> An
     try:
         for method in older:
             uninstall(method)
-        with _probe(target, chosen) as probe:
-            report, layers = _work(probe, example, chosen)
+        with probe_of(target, chosen) as probe:
+            report, layers = compile_modules(probe, example, chosen)
         methods = [layer.method_for(target) for layer in layers if layer.layer.compiled]
         for method, layer in zip(methods, [layer for layer in layers if layer.layer.compiled], strict=True):
             if chosen.free_original:  # what is small was the probe's own so far
@@ -132,8 +125,8 @@ def explain(model: Any, example_inputs: Example = None, **options: Any) -> Repor
     drop_own_methods(twin)
     for method in installed(twin):
         uninstall(method)
-    with _probe(twin, chosen) as probe:
-        report, _ = _work(probe, example, chosen)
+    with probe_of(twin, chosen) as probe:
+        report, _ = compile_modules(probe, example, chosen)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -210,105 +203,6 @@ def _example(given: Example) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         f"example_inputs is a {type(given).__name__}",
         hint="pass a tuple of positional or a dict of keyword arguments",
     )
-
-
-@contextmanager
-def _probe(target: nn.Module, options: Options) -> Iterator[nn.Module]:
-    """A model to run probes on; its effects are undone, whatever happens."""
-    if options.inplace:
-        try:
-            probe = make_probe(target)
-        except Exception:  # a model that cannot be copied is its own probe
-            with borrowed(target) as itself:
-                watch = Watch(itself)
-                try:
-                    yield itself
-                finally:
-                    watch.undo()
-            return
-    else:
-        probe = make_probe(target)
-    watch = Watch(probe)
-    try:
-        yield probe
-    finally:
-        watch.undo()
-
-
-def _work(
-    probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]] | None, options: Options
-) -> tuple[Report, list[Compiled]]:
-    """Analyse and compile every layer of the probe."""
-    backend, why = choose_backend(options, _device(probe))
-    refuse_freeing(options, backend)
-    report = Report(versions=versions(), machine=machine(), notes=[why] if why else [])
-    # A library call says nothing to a log file; on a terminal the wait is shown.
-    with progress("compiling", 2 * len(candidates(probe)), quiet=not sys.stderr.isatty()) as bar:
-        found = analyse(probe, example, bar.step)
-        layers = []
-        for lifted in found.lifted:
-            bar.step(lifted.name)
-            layers.append(compile_freed(probe, lifted, options, backend))
-    report.notes += found.notes
-    report.layers = _ordered(probe, [c.layer for c in layers], found)
-    if options.strict:
-        _check_strict(report)
-    if example is not None and options.verify:
-        report.whole_model_error = _whole_model_error(probe, example, found, layers)
-        if report.whole_model_error is None:
-            for layer in report.compiled:
-                layer.status, layer.reason = "left alone", "the compiled model raised on example_inputs"
-        if options.strict:
-            _check_strict(report)
-    return report, layers
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _ordered(model: nn.Module, layers: Sequence[LayerReport], found: Analysis) -> list[LayerReport]:
-    """All layers in the order of the model's modules."""
-    every = [
-        *layers,
-        *(
-            LayerReport(name=r.name, kind=r.kind, status="left alone", reason=r.reason, tried=r.tried)
-            for r in found.refused
-        ),
-    ]
-    position = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(every, key=lambda layer: position.get(layer.name, len(position)))
-
-
-def _check_strict(report: Report) -> None:
-    for layer in report.layers:
-        if not layer.compiled:
-            failed = layer.failing_probe is not None
-            raise MoecError(
-                "MOEC221" if failed else "MOEC220",
-                f"{layer.name or 'the model'} was left alone: {layer.reason}",
-                hint="without strict=True the other layers are compiled",
-            )
-
-
-def _whole_model_error(
-    probe: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], found: Analysis, layers: Sequence[Compiled]
-) -> float | None:
-    """Relative L2 of the compiled model's result against the original's on example_inputs; None if it raised."""
-    methods = [layer.method_for(probe) for layer in layers if layer.layer.compiled]
-    try:
-        for method in methods:
-            install(method)
-        with torch.no_grad():
-            result = probe(*example[0], **example[1])
-    except Exception:  # the original ran on these inputs, so whatever this is, it is not for the user
-        return None
-    finally:
-        for method in methods:
-            uninstall(method)
-            method.layer.fallbacks, method.layer.fallback_reasons = 0, {}
-    return compare_results(result, found.result).l2
 
 
 def _sharing_notes(model: nn.Module, target: nn.Module) -> list[str]:

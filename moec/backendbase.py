@@ -115,6 +115,17 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class Differentiable(Protocol):
+    """A back end that computes with torch's own operations, so that gradients are torch's business."""
+
+    def differentiable(
+        self, region: Region, weights: Weights, inputs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The region's outputs, part of the autograd graph of its inputs and of what `weights` hands out."""
+        ...
+
+
 def load_backend(name: str) -> Backend:
     """The back end of this name, imported now. Raises MOEC401 for an unknown name."""
     if name not in BACKENDS:

@@ -11,7 +11,7 @@ from torch import nn
 
 from moec.backendbase import Executable, Tunes, load_backend, why_not
 from moec.errors import MoecError
-from moec.frontends.torch.gradients import recording_of
+from moec.frontends.torch.gradients import graphed_with_gradients, recording_of
 from moec.frontends.torch.graphed import Graphed, graphed
 from moec.frontends.torch.layer_op import forget
 from moec.frontends.torch.lifted import Lifted
@@ -82,8 +82,11 @@ def choose_backend(options: Options, device: torch.device) -> tuple[str, str]:
     )
 
 
-def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
-    """Passes, build and verification of one layer; the report says what happened, also when it is left alone."""
+def compile_layer(lifted: Lifted, options: Options, backend: str, *, for_graph: bool = False) -> Compiled:
+    """Passes, build and verification of one layer; the report says what happened, also when it is left alone.
+
+    `for_graph`: it will stand in a graph alone, so nothing is made ready for calls outside of graphs.
+    """
     layer = LayerReport(
         name=lifted.name,
         kind=lifted.kind,
@@ -119,12 +122,14 @@ def compile_layer(lifted: Lifted, options: Options, backend: str) -> Compiled:
         if options.tunes and isinstance(executable, Tunes):
             executable.tune()
         layer.numerics_error = _numerics_error(lifted, executable)
-    recording = recording_of(lifted, layer, region, backend) if options.training else None
+    recording = recording_of(lifted, layer, region, backend) if options.training and not for_graph else None
     _describe(layer, region, logs, executable, backend, lifted)
     found = _graphed(lifted, region, backend, executable, options)
     if isinstance(found, str):
         layer.evidence = (*layer.evidence, f"left out of graphs of torch.compile and torch.export: {found}")
     traced = found if isinstance(found, Graphed) else None
+    if traced is not None and options.training:
+        traced = graphed_with_gradients(lifted, layer, traced)
     return Compiled(
         lifted,
         layer,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.frontends.fx.apart import Copies, judge, seeded
 from moec.frontends.fx.outline import Weight
-from moec.graphmodules import rewrite, written_weights
+from moec.graphlayers import rewrite, written_weights
 from moec.options import Options
 from moec.report import Report
 from moec.undisturbed import undisturbed
 
-_LOG = logging.getLogger("moec.dynamo")
 _PART = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
 _TABLES = frozenset({"_modules", "_parameters", "_buffers"})
 
@@ -39,7 +38,8 @@ def moec_backend(
     """What `torch.compile(model, backend="moec")` calls with each graph.
 
     `options` are the fields of moec.Options, and "inner", the back end that compiles the rewritten graph ("inductor").
-    A graph without a layer goes there as it is. So does one that is recorded for a backward, and the log says so.
+    A graph without a layer goes there as it is. In one that is recorded for a backward, layers are rewritten whose
+    gradients are the original's, as with training=True.
     """
     given = dict(options or {})
     inner = lookup_backend(given.pop("inner", "inductor"))
@@ -53,8 +53,7 @@ def moec_backend(
 def _rewritten(graph: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule | None:
     """A copy of the graph with its layers rewritten; None where there is none, or where it is not the time."""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
-        _LOG.info("a graph is recorded for a backward: its layers stay as they are")
-        return None
+        options = replace(options, training=True)
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     twin = fx.GraphModule(graph, copied)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from moec.backendbase import Executable, OpaqueGraph, Weights, check_ops
 from moec.backends.reference.executable import RegionExecutable
 from moec.backends.reference.fast import Planner, by_meaning
+from moec.backends.reference.meanings import run_meanings
 from moec.backends.reference.table import MEANINGS
 from moec.errors import MoecError, did_you_mean
 from moec.ir import Op, Opaque, Region, Weight, verify
@@ -45,6 +46,12 @@ class Reference:
         """
         self.check(region, opaques)
         return RegionExecutable(region, weights, opaques, pack=pack, plan=self._plan)
+
+    def differentiable(
+        self, region: Region, weights: Weights, inputs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Every op by its meaning, part of the autograd graph of the inputs and of what `weights` hands out."""
+        return run_meanings(region, weights, inputs)
 
     def check(self, region: Region, opaques: Mapping[str, OpaqueGraph]) -> None:
         """Raise unless the region is valid and everything in it is there."""

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import moec
-from moec import MoecError, dynamo, graphmodules
+from moec import MoecError, dynamo, graphlayers, graphmodules
 from moec.dynamo import reports
 from moec.frontends.fx.memory import Memory
 from moec.undisturbed import undisturbed
+from tests.frontend.graph_inputs import AUTO, run_traced
 from tests.frontend.test_callers import agrees
-from tests.frontend.test_graph_input import AUTO, run_traced
 
 D, WIDE = 8, 32
 
@@ -194,7 +194,7 @@ class Plain(Written):
 def test_a_graph_with_other_values_is_refused(kind: type[Written], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = kind().eval(), torch.randn(4, D)
-    wrong = _off(graphmodules.rewrite)
+    wrong = _off(graphlayers.rewrite)
     monkeypatch.setattr(graphmodules, "rewrite", wrong)
     monkeypatch.setattr(dynamo, "rewrite", wrong)
     with pytest.raises(MoecError) as told:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.backendbase import Executable, load_backend
 from moec.errors import MoecError
+from moec.frontends.torch.graphed import Graphed
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.method import Recording
 from moec.frontends.torch.recompute import in_place, slots_of
@@ -48,7 +49,7 @@ def recording_of(lifted: Lifted, layer: LayerReport, region: Region, backend: st
     checked = GradientCheck(f"back end {backend} computes none")
     if isinstance(found, Records):
         built = found.recording(region, store)
-        checked = GradientCheck(built) if isinstance(built, str) else check_gradients(lifted, built, store.params)
+        checked = GradientCheck(built) if isinstance(built, str) else _checked(lifted, built, store.params)
     by = f"kernels, {checked.error:.1e} from the original's"
     by = f"running the original again: {checked.why}" if checked.why else by
     layer.evidence = (*layer.evidence, f"gradients by {by}")
@@ -60,6 +61,19 @@ def recording_of(lifted: Lifted, layer: LayerReport, region: Region, backend: st
         return executable
 
     return None if checked.why else build
+
+
+def graphed_with_gradients(lifted: Lifted, layer: LayerReport, graph: Graphed) -> Graphed:
+    """The layer with a backward in graphs, where its gradients there are the original's; the report says so."""
+    able = graph.with_gradients()
+    try:
+        names = WeightStore(lifted.module, lifted.views).params
+        checked = check_gradients(lifted, lambda *a, **k: able.run(lifted.module, "", a, k), names)
+    except MoecError as error:
+        checked = GradientCheck(error.message)
+    said = f"no gradients in graphs: {checked.why}" if checked.why else f"gradients in graphs, {checked.error:.1e} from"
+    layer.evidence = (*layer.evidence, said if checked.why else f"{said} the original's")
+    return graph.with_gradients(checked.why) if checked.why else able
 
 
 @dataclass(frozen=True)
@@ -80,14 +94,18 @@ class _Found:
     gradients: dict[str, torch.Tensor | None]
 
 
-def check_gradients(lifted: Lifted, executable: Executable, experts: Sequence[str]) -> GradientCheck:
+def _checked(lifted: Lifted, executable: Executable, experts: Sequence[str]) -> GradientCheck:
+    return check_gradients(lifted, lambda *a, **k: lifted.call(lifted.module, executable, a, k), experts)
+
+
+def check_gradients(lifted: Lifted, run: Callable[..., Any], experts: Sequence[str]) -> GradientCheck:
     """Gradients of inputs and of all parameters over the first probes; `experts` names the experts' parameters."""
     worst, absent = 0.0, False
     probes = (probe for probe in lifted.probes() if "not-a-number" not in probe.label)
     for probe in islice(probes, _PROBES):
         try:
             theirs = _gradients(lifted, probe, lifted.original)
-            mine = _gradients(lifted, probe, lambda *a, **k: lifted.call(lifted.module, executable, a, k))
+            mine = _gradients(lifted, probe, run)
         except MoecError:
             raise
         except Exception as error:  # the user's code, in a mode that it was not observed in

@@ -8,14 +8,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
 from moec.frontends.torch.direct import Roles
-from moec.frontends.torch.layer_op import Spec, watched
+from moec.frontends.torch.layer_op import watched
+from moec.frontends.torch.layer_spec import Spec
 from moec.frontends.torch.lift import DTYPES
 from moec.frontends.torch.operands import is_expressible, table_of
 from moec.frontends.torch.written import Written, attribute, write
@@ -38,6 +39,13 @@ class Graphed:
     written: Written
     params: Callable[[torch.nn.Module], Sequence[torch.Tensor]]
     spec: str
+    no_gradients: str
+    """Why it has no backward in graphs; empty if it has."""
+
+    def with_gradients(self, why_not: str = "") -> Graphed:
+        """The same with a backward, or with another reason why it has none."""
+        spec = replace(Spec.of(self.spec), no_gradients=why_not)
+        return replace(self, spec=spec.to_text(), no_gradients=why_not)
 
     def unfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why these arguments are outside what was verified, as far as their shapes and types say."""
@@ -89,7 +97,7 @@ def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, sto
         dtype=result.dtype,
     )
     assert result.dtype in DTYPES.values()
-    return Graphed(call, written, _reader(names), spec.to_text())
+    return Graphed(call, written, _reader(names), spec.to_text(), spec.no_gradients)
 
 
 def _roles(call: SlicedCall) -> Roles:

@@ -7,74 +7,25 @@ weights, and a saved program runs in another process.
 
 from __future__ import annotations
 
-import functools
-import json
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from moec.backendbase import Executable, load_backend, why_not
 from moec.errors import MoecError
-from moec.frontends.torch.direct import Roles
-from moec.frontends.torch.ids import Ids
+from moec.frontends.torch.layer_backward import keep_operands, layer_gradients
+from moec.frontends.torch.layer_spec import Spec, routing_of, spec_of
 from moec.frontends.torch.lift import DTYPES
-from moec.frontends.torch.operands import Bank, OperandStore, Table
+from moec.frontends.torch.operands import OperandStore
 from moec.frontends.torch.routing import Unusual
 from moec.ir import parse
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
-
-@dataclass(frozen=True)
-class Spec:
-    """A layer's region and how it is called."""
-
-    name: str
-    region: str
-    backend: str
-    pack: bool
-    table: Table
-    roles: Roles
-    experts: int
-    inputs: int
-    lowest: int | None
-    highest: int | None
-    width: int
-    dtype: str
-
-    def to_text(self) -> str:
-        """One line of JSON."""
-        table = {
-            "banks": {ref: bank.to_data() for ref, bank in self.table.banks.items()},
-            "layouts": [
-                [list(shape), list(stride), len(list(run))] for (shape, stride), run in groupby(self.table.layouts)
-            ],
-        }
-        return json.dumps({**vars(self), "table": table, "roles": vars(self.roles)}, separators=(",", ":"))
-
-    @classmethod
-    def of(cls, text: str) -> Spec:
-        """What `to_text` was given. Raises MOEC234 for text that is something else."""
-        try:
-            data = json.loads(text)
-            table = data.pop("table")
-            banks = {ref: Bank.of(one) for ref, one in table["banks"].items()}
-            layouts = tuple((tuple(shape), tuple(stride)) for shape, stride, n in table["layouts"] for _ in range(n))
-            return cls(**{**data, "table": Table(banks, layouts), "roles": Roles(**data["roles"])})
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise MoecError(
-                "MOEC234",
-                f"moec::layer was given text that describes no layer: {error}",
-                hint="export the model again with the release of moec that runs it",
-            ) from error
-
-
-_spec = functools.lru_cache(maxsize=1024)(Spec.of)
 
 # Asks a layer of this process why it cannot serve its module now; registered by the key in graphs of torch.compile.
 _ALIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -105,7 +56,7 @@ def layer_op(
     MOEC234 where the original would have to run, which a graph does not have: for other routing than was verified, and
     after changes of settings.
     """
-    spec = _spec(layer)
+    spec = spec_of(layer)
     asked = _ALIVE.get(key) if key else None
     why = asked.blocked_in_graph(tracing=False) if asked is not None else ""
     if why:
@@ -117,7 +68,7 @@ def layer_op(
     bound = _bound(layer, spec, params, x.device)
     bound.store.enter(params)
     try:
-        (y,) = bound.executable(rows, *_routing(spec, x, rows.shape[0], selector, weights))
+        (y,) = bound.executable(rows, *routing_of(spec, x, rows.shape[0], selector, weights))
     except Unusual as unusual:
         raise _cannot(spec, str(unusual), "run such calls outside of the graph, on the compiled model") from None
     finally:
@@ -129,41 +80,17 @@ def layer_op(
 
 @layer_op.register_fake
 def _(x: Any, selector: Any, weights: Any, params: Any, layer: str, key: str) -> torch.Tensor:
-    spec = _spec(layer)
+    spec = spec_of(layer)
     tokens = x.reshape(-1, spec.inputs).shape[0]
     found: torch.Tensor = x.new_empty(tokens, spec.width, dtype=_TORCH[spec.dtype])
     return found
 
 
-def _no_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    raise MoecError(
-        "MOEC235",
-        f"{ctx.layer} has no backward inside of a graph",
-        hint="call the compiled model outside of torch.compile and torch.export to compute gradients",
-    )
-
-
-def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.layer = _spec(inputs[4]).name
-
-
-layer_op.register_autograd(_no_backward, setup_context=_keep_name)
+layer_op.register_autograd(layer_gradients, setup_context=keep_operands)
 
 
 def _cannot(spec: Spec, why: str, hint: str) -> MoecError:
     return MoecError("MOEC234", f"{spec.name} cannot run compiled inside of a graph: {why}", hint=hint)
-
-
-def _routing(
-    spec: Spec, x: torch.Tensor, tokens: int, selector: torch.Tensor | None, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    roles = spec.roles
-    if roles.form is None:
-        return ()
-    if spec.lowest is not None and spec.highest is not None and selector is not None:
-        Ids(spec.lowest, spec.highest).check(selector)
-    given = {roles.x: x, roles.selector: selector, roles.weights: weights}
-    return roles.routing({name: tensor for name, tensor in given.items() if name is not None}, tokens, spec.experts)
 
 
 @dataclass(frozen=True, eq=False)

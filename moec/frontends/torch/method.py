@@ -175,7 +175,7 @@ class CompiledMethod:
         if graphed is not None and not why and not (self.module.training and not self.training):
             if exporting:
                 return graphed.run(self.module, "", args, kwargs)
-            if not wants_gradients(self.module, args, kwargs):
+            if not graphed.no_gradients or not wants_gradients(self.module, args, kwargs):
                 return graphed.run(self.module, self.key, args, kwargs)
         if not exporting:
             return _eagerly(self, args, kwargs)
@@ -282,8 +282,9 @@ class CompiledMethod:
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="a layer compiled by moec runs outside of the graph where gradients are recorded (call it under "
-    "torch.no_grad()), in training mode, under autocast, on inputs it was not verified with, and after a change"
+    reason="a layer compiled by moec runs outside of the graph where gradients are recorded (compile it with "
+    "training=True, or call it under torch.no_grad()), in training mode, under autocast, on inputs it was not "
+    "verified with, and after a change"
 )
 def _eagerly(method: CompiledMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called while torch.compile traces, run outside of its graph."""

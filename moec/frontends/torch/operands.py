@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -149,6 +149,89 @@ class OperandStore:
                 self._seen = number, [weakref.ref(t) for t in tensors]
         looks = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
         return number, looks
+
+
+class LeafStore:
+    """A region's weights in the operands of one call, as leaves of an autograd graph: one for each view.
+
+    So an expert's gradient is as large as the expert, and not as the operand that holds them all.
+    """
+
+    def __init__(self, table: Table, tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> None:
+        self._table, self._tensors, self._needed = table, tensors, needed
+        self._leaves: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def experts(self, ref: str) -> Sequence[torch.Tensor]:
+        """One leaf for each of the E experts."""
+        return _Leaves(self._table.banks[ref], self._leaf)
+
+    def stacked(self, ref: str) -> torch.Tensor | None:
+        """None: each expert is a leaf of its own."""
+        return None
+
+    def dense(self, ref: str) -> torch.Tensor:
+        """A weight that is not per expert."""
+        bank = self._table.banks[ref]
+        return self._leaf(bank, bank.places[0])
+
+    def placement(self) -> Hashable:
+        """Nothing is kept between calls."""
+        return None
+
+    def version(self) -> Hashable:
+        """Nothing is kept between calls."""
+        return None
+
+    def _leaf(self, bank: Bank, place: tuple[int, int]) -> torch.Tensor:
+        key = (bank.shape, bank.stride, place)
+        if key not in self._leaves:
+            param, offset = place
+            tensor = self._tensors[param].detach()
+            view = tensor.as_strided(bank.shape, bank.stride, tensor.storage_offset() + offset)
+            self._leaves[key] = view.requires_grad_(self._needed[param])
+        return self._leaves[key]
+
+    def gradients(
+        self, y: torch.Tensor, others: Sequence[torch.Tensor], grad: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Of the `others`, None where y does not depend on one, and then of each operand that needs one."""
+        own = [(key, leaf) for key, leaf in self._leaves.items() if leaf.requires_grad]
+        asked = [*others, *(leaf for _, leaf in own)]
+        found = torch.autograd.grad(y, asked, grad, allow_unused=True) if y.requires_grad else (None,) * len(asked)
+        whole = {i: _zeros(self._tensors[i]) for i, need in enumerate(self._needed) if need}
+        for (key, _), one in zip(own, found[len(others) :], strict=True):
+            shape, stride, (param, offset) = key
+            if one is not None:  # views of one operand may share memory
+                whole[param].as_strided(shape, stride, offset).add_(one)
+        return [*found[: len(others)], *(_as_empty_like(g, self._tensors[i]) for i, g in whole.items())]
+
+
+class _Leaves(Sequence[torch.Tensor]):
+    """Experts, each made a leaf when it is asked for: of many experts few are hit."""
+
+    def __init__(self, bank: Bank, leaf: Callable[[Bank, tuple[int, int]], torch.Tensor]) -> None:
+        self._bank, self._leaf = bank, leaf
+
+    def __len__(self) -> int:
+        return len(self._bank.places)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return self._leaf(self._bank, self._bank.places[index])
+
+
+def _zeros(operand: torch.Tensor) -> torch.Tensor:
+    """Zeros in an operand's own layout, from the start of their storage."""
+    found = torch.zeros_like(operand)
+    if found.stride() == operand.stride():
+        return found
+    extent = 1 + sum((n - 1) * step for n, step in zip(operand.shape, operand.stride(), strict=True))
+    return operand.new_zeros(extent).as_strided(operand.shape, operand.stride())
+
+
+def _as_empty_like(found: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+    """The values in the layout that `torch.empty_like` gives, which a fake of an operator may state."""
+    wanted = torch.empty_like(operand)
+    return found if found.stride() == wanted.stride() else wanted.copy_(found)
 
 
 def _even_step(bank: Bank) -> int | None:

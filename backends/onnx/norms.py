@@ -15,8 +15,9 @@ def norm(op: Norm, low: Lowering) -> list[Any]:
     y = low.wide(op.x)
     if op.kind == "layer":
         y = emit.op("Sub", y, emit.op("ReduceMean", y, emit.ints(-1), keepdims=1))
-    mean = emit.op("ReduceMean", emit.op("Mul", y, y), emit.ints(-1), keepdims=1)
-    y = emit.op("Div", y, emit.op("Sqrt", emit.op("Add", mean, emit.scalar(op.eps, kind))))
+    if op.kind != "none":
+        mean = emit.op("ReduceMean", emit.op("Mul", y, y), emit.ints(-1), keepdims=1)
+        y = emit.op("Div", y, emit.op("Sqrt", emit.op("Add", mean, emit.scalar(op.eps, kind))))
     if op.offsets is None:
         w = None if op.w is None else _as(low, low.value(op.w), op.w, kind)
         b = None if op.b is None else _as(low, low.value(op.b), op.b, kind)

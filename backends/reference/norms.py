@@ -17,7 +17,8 @@ def norm(op: Norm, x: torch.Tensor, offsets: torch.Tensor | None, w: Experts | N
     y = x.to(wide(x))
     if op.kind == "layer":
         y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + op.eps)
+    if op.kind != "none":
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + op.eps)
     if offsets is None:
         return _shift(op, y, None if w is None else whole(w), None if b is None else whole(b)).to(x.dtype)
     bounds = offsets.tolist()

@@ -1,4 +1,4 @@
-"""Normalisation of rows, with one set of parameters or one for each expert. R rows, E experts, D width."""
+"""Normalisation and scaling of rows, with one set of parameters or one for each expert. R rows, E experts, D width."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -13,9 +13,10 @@ from moec.ir.types import Tensor
 class Norm(Op):
     """x[..., D], w[D]?, b[D]? -> [..., D]; or x[R, D], offsets i32[E+1], w[E, D]?, b[E, D]? -> [R, D] per expert.
 
-    kind="rms": x / sqrt(mean(x^2) + eps). kind="layer": (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps). Then times
-    (w + w_shift) and plus b, where present. Over the last axis, in fp32 (f64 for f64), rounded once at the end. With
-    offsets, row r of expert e uses w[e] and b[e]; rows from offsets[E] on come out as zeros.
+    kind="rms": x / sqrt(mean(x^2) + eps). kind="layer": (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps).
+    kind="none": x as it is, with eps=0: only what follows. Then times (w + w_shift) and plus b, where present. Over the
+    last axis, in fp32 (f64 for f64), rounded once at the end. With offsets, row r of expert e uses w[e] and b[e]; rows
+    from offsets[E] on come out as zeros.
     """
 
     x: Value
@@ -29,8 +30,12 @@ class Norm(Op):
 
     def infer(self) -> tuple[Tensor, ...]:
         require_float("x", self.x)
-        require_choice("kind", self.kind, ("rms", "layer"))
+        require_choice("kind", self.kind, ("rms", "layer", "none"))
         require(self.eps >= 0, "MOEC102", f"eps={self.eps} must be at least 0")
+        if self.kind == "none":
+            require(self.eps == 0, "MOEC106", f'eps={self.eps} goes with a norm, not with kind="none"')
+            some = self.w is not None or self.b is not None
+            require(some, "MOEC106", 'kind="none" scales and shifts: it needs w or b')
         require(self.w is not None or self.w_shift == 0, "MOEC106", f"w_shift={self.w_shift} is added to w: it needs w")
         for name, value in (("w", self.w), ("b", self.b)):
             if value is not None:

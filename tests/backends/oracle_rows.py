@@ -60,11 +60,11 @@ def quantized(row: Sequence[float]) -> tuple[list[int], float]:
 def norm(
     row: Sequence[float], w: Sequence[float] | None, b: Sequence[float] | None, kind: str, eps: float, shift: float
 ) -> list[float]:
-    """One row normalised."""
+    """One row normalised, or with kind="none" as it is, then scaled and shifted."""
     mean = math.fsum(row) / len(row) if kind == "layer" else 0.0
     centred = [x - mean for x in row]
     spread = math.sqrt(math.fsum(x * x for x in centred) / len(row) + eps)
-    y = [x / spread for x in centred]
+    y = centred if kind == "none" else [x / spread for x in centred]
     if w is not None:
         y = [x * (factor + shift) for x, factor in zip(y, w, strict=True)]
     return y if b is None else [x + extra for x, extra in zip(y, b, strict=True)]

@@ -17,6 +17,7 @@ from tests.backends.shapes import Routing, each_float, each_routing, some, strid
 NAN = float("nan")
 KINDS = [{"kind": "rms", "eps": 1e-6}, {"kind": "layer", "eps": 1e-5}]
 each_kind = pytest.mark.parametrize("at", KINDS, ids=lambda at: at["kind"])
+NONE = {"kind": "none", "eps": 0.0}
 
 
 def _check(found: torch.Tensor, expected: list[list[float]]) -> None:
@@ -48,8 +49,14 @@ def test_norm(dtype: torch.dtype, at: dict[str, Any], parts: str) -> None:
         _check(found, expected)
 
 
+@each_float
+@pytest.mark.parametrize("parts", ["w", "w+1", "wb", "b"])
+def test_scale_and_shift_alone(dtype: torch.dtype, parts: str) -> None:
+    test_norm(dtype, NONE, parts)
+
+
 @each_routing
-@each_kind
+@pytest.mark.parametrize("at", [*KINDS, NONE], ids=lambda at: at["kind"])
 def test_norm_of_each_expert(routing: Routing, at: dict[str, Any]) -> None:
     order, offsets = group(routing.ids.tolist(), routing.experts)
     x, w, b = some(len(order), 6), some(routing.experts, 6), some(routing.experts, 6)

@@ -16,6 +16,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     older,
     placed,
     positive_moe,
+    scaled,
     selection,
     weights,
     wider,

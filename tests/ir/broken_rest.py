@@ -93,8 +93,10 @@ BROKEN = [
     ),
     # norm
     ('norm(%order) {kind="rms", eps=0.0}', OPERANDS, "MOEC104", "x must hold floating point numbers, found i32[2T]"),
-    ('norm(%x) {kind="batch", eps=0.0}', OPERANDS, "MOEC102", 'kind="batch" must be one of rms, layer'),
+    ('norm(%x) {kind="batch", eps=0.0}', OPERANDS, "MOEC102", 'kind="batch" must be one of rms, layer, none'),
     ('norm(%x) {kind="rms", eps=-0.5}', OPERANDS, "MOEC102", "eps=-0.5 must be at least 0"),
+    ('norm(%x, w=%f1) {kind="none", eps=0.5}', OPERANDS, "MOEC106", 'eps=0.5 goes with a norm, not with kind="none"'),
+    ('norm(%x) {kind="none", eps=0.0}', OPERANDS, "MOEC106", 'kind="none" scales and shifts: it needs w or b'),
     ('norm(%x) {kind="rms", eps=0.0, w_shift=1.0}', OPERANDS, "MOEC106", "w_shift=1.0 is added to w: it needs w"),
     ('norm(%f0) {kind="rms", eps=0.0}', OPERANDS, "MOEC103", "x must have at least 1 size, found f32[]"),
     ('norm(%f0, w=%f1) {kind="rms", eps=0.0}', OPERANDS, "MOEC103", "x must have at least 1 size, found f32[]"),

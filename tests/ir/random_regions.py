@@ -221,7 +221,8 @@ def _identity_rows(m: Making) -> None:
 
 
 def _norm(m: Making) -> None:
-    d, kind, eps = m.width(), m.draw(st.sampled_from(["rms", "layer"])), m.draw(NUMBERS)
+    d, kind, eps = m.width(), m.draw(st.sampled_from(["rms", "layer", "none"])), m.draw(NUMBERS)
+    eps = 0.0 if kind == "none" else eps
     x = m.value(m.dtype, m.slots(), d)
     if m.draw(st.booleans()):
         m.builder.add(Norm(x, w=m.value("f32", d), b=m.some(m.dtype, d), kind=kind, eps=eps, w_shift=1.0))

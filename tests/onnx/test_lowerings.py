@@ -142,6 +142,7 @@ def test_rows_to_experts_and_back(routing: Routing) -> None:
     compare(Exchange, {"rows": rows, "offsets": offsets}, owners=owners, devices=2, back=True)
     per_expert = {"w": some(routing.experts, D), "b": some(routing.experts, D)}
     compare(Norm, {"x": rows, "offsets": offsets, **per_expert}, kind="layer", eps=1e-5)
+    compare(Norm, {"x": rows, "offsets": offsets, **per_expert}, kind="none", eps=0.0)
 
 
 @each_routing

@@ -26,6 +26,7 @@ class Layer:
     """`compiled` counts mixtures; `reason` is a part of why the others are left alone.
 
     `form` is a part of the evidence: how rows reach the experts. `random`: its gate draws numbers in eval, too.
+    `others` counts the dense FFNs beside it that are compiled.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layer:
     form: str = ""
     reason: str = ""
     random: bool = False
+    others: int = 0
     inplace: bool = False
 
 
@@ -80,6 +82,15 @@ def einops_loaded() -> None:
     rearrange(torch.zeros(1, 2), "a b -> b a")
 
 
+def spread(layer: nn.Module) -> nn.Module:
+    """Vectors that start as ones or zeros would hide what they do."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) / 2)
+    return layer
+
+
 def mixture_of_experts(policy: str) -> nn.Module:
     from mixture_of_experts import MoE
 
@@ -99,7 +110,14 @@ def st_moe() -> nn.Module:
     from st_moe_pytorch import MoE
 
     layer: nn.Module = MoE(dim=D, num_experts=4)
-    return layer
+    return spread(layer)
+
+
+def st_moe_block() -> nn.Module:
+    from st_moe_pytorch import SparseMoEBlock
+
+    layer: nn.Module = SparseMoEBlock(st_moe(), add_ff_before=True)
+    return spread(layer)
 
 
 def soft_moe() -> nn.Module:

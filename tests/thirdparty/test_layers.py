@@ -29,8 +29,12 @@ EVERY = (
         reason="behind the experts' layers have no name",
     ),
     Layer(
-        "st-moe-pytorch", "capacity einsum, list of experts", layers.st_moe, layers.sequences, 0, random=True,
-        reason="mult_bias",
+        "st-moe-pytorch", "capacity einsum, list of experts, gates drawn in eval", layers.st_moe, layers.sequences,
+        form=PLACES, random=True,
+    ),
+    Layer(
+        "st-moe-pytorch, whole block", "norm, capacity einsum, a feed-forward behind", layers.st_moe_block,
+        layers.sequences, form=PLACES, random=True, others=2,
     ),
     Layer("soft-moe-pytorch", "Soft MoE", layers.soft_moe, layers.sequences, form=PLACES),
     Layer(
@@ -40,7 +44,7 @@ EVERY = (
     Layer("PEER-pytorch", "product keys over embeddings", layers.peer, layers.sequences, 0),
     Layer(
         "fairscale MOELayer", "capacity einsum, all-to-all", layers.fairscale, layers.fours, 0,
-        reason="num tokens must be order of", inplace=True,
+        reason="draws random numbers", random=True, inplace=True,
     ),
     Layer("deepspeed MoE", "capacity, top 1", layers.deepspeed, layers.sequences, form=PLACES, inplace=True),
     Layer(
@@ -100,6 +104,8 @@ def test_what_is_compiled(name: str) -> None:
     listing = "\n".join(f"{layer.name} {layer.kind} {layer.status} {layer.reason}" for layer in mixtures(name))
     good = [layer for layer in mixtures(name) if layer.status == "compiled"]
     assert len(good) == NAMES[name].compiled, listing
+    beside = [layer for layer in pair(name)[1].moec.report.layers if layer.kind == "ffn" and layer.status == "compiled"]
+    assert len(beside) == NAMES[name].others, listing
     for layer in good:
         assert layer.max_error is not None
         assert layer.bar is not None
@@ -111,6 +117,18 @@ def test_what_is_compiled(name: str) -> None:
 def test_what_is_left_alone_says_why(name: str) -> None:
     reasons = [layer.reason for layer in mixtures(name) if layer.status == "left alone"]
     assert any(NAMES[name].reason in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_draws_random_numbers_in_eval(name: str) -> None:
+    """Whether the original gives something else with another seed; what is compiled follows the seed, too (below)."""
+    found = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(tensors(pair(name)[0](*NAMES[name].inputs(2, 20)))[0])
+    same = all(torch.equal(found[0], other) for other in found[1:])
+    assert same != NAMES[name].random
 
 
 @pytest.mark.parametrize("name", NAMES)

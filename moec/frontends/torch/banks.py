@@ -15,6 +15,9 @@ from moec.frontends.torch.instances import Instance, NotLifted, roles, signature
 from moec.frontends.torch.oplog import Log
 from moec.weights import View
 
+VECTORS = ("_tail", "_scale")
+"""How the roles of vectors end that all experts may share."""
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -22,6 +25,11 @@ class Bank:
 
     role: str
     views: tuple[View, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether one view serves all experts, as vectors between and behind the layers may."""
+        return self.role.endswith(VECTORS) and len(self.views) == 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,9 +62,9 @@ def unify(
 
 
 def _is_shared(role: str, found: Sequence[dict[str, View]], params: dict[str, torch.Tensor]) -> bool:
-    """Whether a norm behind the experts reads one whole vector for all of them."""
+    """Whether a norm behind the experts, or a scale of their hidden values, reads one whole vector for all of them."""
     views = {f[role] for f in found}
-    return role.endswith("_tail") and len(views) == 1 and _one_per_module(found[0][role], params)
+    return role.endswith(VECTORS) and len(views) == 1 and _one_per_module(found[0][role], params)
 
 
 def _place(view: View) -> str:

@@ -15,6 +15,7 @@ from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body, view_tensor, written_body
 from moec.frontends.torch.coordinates import MOVES, Line, line, moved_from, number, stack_of
 from moec.frontends.torch.formula import write_activation
+from moec.frontends.torch.hiddenscale import HiddenScale, check_scale
 from moec.frontends.torch.instances import Instance, NotLifted, find_instances
 from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Entry, Log, Ref
@@ -50,7 +51,7 @@ def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]
 def read_products(log: Log, products: Sequence[Product], params: Mapping[str, torch.Tensor]) -> Reading:
     """The body of experts whose layers are one product each. Raises NotLifted with the reason."""
     by_entry = {p.linear.entry: p for p in products}
-    instances = find_instances(log, [p.linear for p in products])
+    instances = find_instances(log, [p.linear for p in products], params)
     if len(instances) != 1:
         raise NotLifted(f"{len(instances)} batched products where one expert body was expected")
     instance = instances[0]
@@ -64,7 +65,9 @@ def read_products(log: Log, products: Sequence[Product], params: Mapping[str, to
         banks[f"w_{role}"] = Bank(f"w_{role}", part.bank)
         if part.bias is not None:
             banks[f"b_{role}"] = Bank(f"b_{role}", part.bias)
-    if len({len(bank.views) for bank in banks.values()}) > 1:
+    if instance.scale is not None:
+        banks["w_scale"] = _scale_bank(log, instance.scale, params)
+    if len({len(bank.views) for bank in banks.values() if not bank.shared}) > 1:
         raise NotLifted("weights are for different numbers of experts")
     body = Body(banks, None) if down is None else _with_activation(log, instance, parts, down, banks)
     if instance.tail:
@@ -75,11 +78,13 @@ def read_products(log: Log, products: Sequence[Product], params: Mapping[str, to
 def _with_activation(
     log: Log, instance: Instance, parts: list[Product], down: Product, banks: Mapping[str, Bank]
 ) -> Body:
-    def ask(hidden: list[torch.Tensor]) -> torch.Tensor:
-        return _ask(log, instance, parts, down, hidden)
+    def ask(hidden: list[torch.Tensor], vector: torch.Tensor | None = None) -> torch.Tensor:
+        return _ask(log, instance, parts, down, hidden, vector)
 
     widths, width = [part.bank[0].shape[0] for part in parts], down.bank[0].shape[1]
     tolerance = 1e-5 if log.tensors[down.linear.source].dtype in (torch.float32, torch.float64) else 2e-2
+    if instance.scale is not None:
+        check_scale(ask, widths, width, tolerance)
     activation = name_activation(ask, widths, width, constants(log, instance.middle), tolerance)
     if activation is not None:
         return Body(banks, activation)
@@ -181,9 +186,33 @@ def _with_bias(log: Log, product: Product, params: Mapping[str, torch.Tensor]) -
     return replace(product, linear=linear, bias=bias, outputs=Line.even(0, 1, width), out_axis=-1)
 
 
-def _ask(log: Log, instance: Instance, parts: list[Product], down: Product, hidden: list[torch.Tensor]) -> torch.Tensor:
-    """What the recorded entries make of one hidden vector, which stands in every row."""
+def _scale_bank(log: Log, scale: HiddenScale, params: Mapping[str, torch.Tensor]) -> Bank:
+    """The vectors that multiply hidden values, one for each expert or one for all."""
+    if scale.view is not None and params[scale.view.param].dim() == 1:
+        return Bank("w_scale", (scale.view,))
+    moves = moved_from(log, scale.slot, scale.entry, params)
+    assert moves is not None
+    numbers = number(log, scale.slot, moves, params)
+    stack, count = stack_of(numbers, params)
+    spaced = line(*stack.split(numbers), -1)
+    return Bank("w_scale", stack.views(count, spaced.base, (spaced.length,), (spaced.step,)))
+
+
+def _ask(
+    log: Log,
+    instance: Instance,
+    parts: list[Product],
+    down: Product,
+    hidden: list[torch.Tensor],
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the recorded entries make of one hidden vector, which stands in every row.
+
+    `scale` stands for the one of parameters that multiplies them, ones where it is None.
+    """
     given = {mask.operand: mask.keeping(log) for mask in instance.masks}
+    if instance.scale is not None:
+        given[instance.scale.slot] = instance.scale.values(log, scale)
     for part, vector in zip(parts, hidden, strict=True):
         like = log.tensors[part.linear.out]
         shape = [1] * like.dim()

@@ -15,6 +15,7 @@ import torch
 from moec.frontends.torch.activation import Activation, constants, name_activation, nearest_name
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.formula import Written, write_activation
+from moec.frontends.torch.hiddenscale import check_scale
 from moec.frontends.torch.instances import Instance, NotLifted
 from moec.frontends.torch.oplog import Log
 from moec.frontends.torch.replay import replay
@@ -27,7 +28,8 @@ class Body:
     """`banks` by role (w_up0, b_up0, w_up1, b_up1, w_down, b_down) and what happens between the two layers.
 
     `tail` is a norm of each expert's result; its weight and bias (w_tail, b_tail) are banks too, of one view where all
-    experts share them. Experts E..E+identities-1 have no weights and return their input.
+    experts share them, as is a vector (w_scale) that multiplies the hidden values. Experts E..E+identities-1 have no
+    weights and return their input.
     """
 
     banks: Mapping[str, Bank]
@@ -53,6 +55,15 @@ class Body:
         return self.banks["w_down" if "w_down" in self.banks else "w_up0"].shape[0]
 
     @property
+    def between(self) -> str:
+        """What happens between the layers, for the evidence."""
+        scale = self.banks.get("w_scale")
+        whose = (
+            "" if self.experts == 1 else " of all experts" if scale is not None and scale.shared else " of each expert"
+        )
+        return str(self.activation) if scale is None else f"{self.activation}, times a vector{whose}"
+
+    @property
     def params(self) -> frozenset[str]:
         return frozenset(view.param for bank in self.banks.values() for view in bank.views)
 
@@ -63,8 +74,7 @@ class Body:
             bank = self.banks.get(role)
             if bank is None:
                 return None
-            shared = role.endswith("_tail") and len(bank.views) == 1
-            return view_tensor(params, bank.views[0 if shared else index]).to(rows.dtype)
+            return view_tensor(params, bank.views[0 if bank.shared else index]).to(rows.dtype)
 
         def product(x: torch.Tensor, which: str) -> torch.Tensor:
             weight, bias = read(f"w_{which}"), read(f"b_{which}")
@@ -72,7 +82,11 @@ class Body:
             return torch.nn.functional.linear(x, weight, bias)
 
         hidden = [product(rows, f"up{i}") for i in range(2) if f"w_up{i}" in self.banks]
-        out = hidden[0] if self.activation is None else product(self.activation(hidden), "down")
+        if self.activation is None:
+            out = hidden[0]
+        else:
+            scale, inner = read("w_scale"), self.activation(hidden)
+            out = product(inner if scale is None else inner * scale, "down")
         return out if self.tail is None else self.tail(out, read("w_tail"), read("b_tail"))
 
     def evaluate(
@@ -131,9 +145,11 @@ def _without_tail(log: Log, instance: Instance, named: Mapping[str, Bank]) -> Bo
     widths, width = [up.weight.shape[0] for up in instance.ups], instance.down.weight.shape[1]
     tolerance = 1e-5 if log.tensors[instance.down.source].dtype in (torch.float32, torch.float64) else 2e-2
 
-    def ask(hidden: list[torch.Tensor]) -> torch.Tensor:
-        return _ask(log, instance, hidden)
+    def ask(hidden: list[torch.Tensor], vector: torch.Tensor | None = None) -> torch.Tensor:
+        return _ask(log, instance, hidden, vector)
 
+    if instance.scale is not None:
+        check_scale(ask, widths, width, tolerance)
     activation = name_activation(ask, widths, width, constants(log, instance.middle), tolerance)
     if activation is not None:
         return Body(named, activation)
@@ -169,10 +185,15 @@ def _halves(bank: Bank, *, interleaved: bool) -> tuple[Bank, Bank]:
     return found[0], found[1]
 
 
-def _ask(log: Log, instance: Instance, hidden: list[torch.Tensor]) -> torch.Tensor:
-    """What the recorded entries make of one hidden vector; every row gets the same one."""
+def _ask(log: Log, instance: Instance, hidden: list[torch.Tensor], scale: torch.Tensor | None = None) -> torch.Tensor:
+    """What the recorded entries make of one hidden vector; every row gets the same one.
+
+    `scale` stands for the one of parameters that multiplies them, ones where it is None.
+    """
     assert instance.down is not None
     given = {mask.operand: mask.keeping(log) for mask in instance.masks}
+    if instance.scale is not None:
+        given[instance.scale.slot] = instance.scale.values(log, scale)
     for up, vector in zip(instance.ups, hidden, strict=True):
         like = log.tensors[up.out]
         wide = vector.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)

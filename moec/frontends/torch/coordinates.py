@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.oplog import Log
+from moec.frontends.torch.reasons import NotLifted
 from moec.frontends.torch.replay import replay
 from moec.weights import View
 

@@ -22,7 +22,7 @@ from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.formula import Written
-from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles
+from moec.frontends.torch.instances import Instance, NotLifted, check_instance, roles, with_scale
 from moec.frontends.torch.items import split
 from moec.frontends.torch.lift import common_dtype, lift_dense, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -82,6 +82,7 @@ def find_pairs(
             continue
         instance = Instance(tuple(linears[j] for j in ups), linear, tuple(sorted(middle)))
         try:
+            instance = with_scale(log, instance, stop, params)
             check_instance(log, instance)
             activation = _body(log, instance).activation
         except NotLifted as reason:
@@ -149,7 +150,7 @@ def _direct(log: Log, site: Site, found: Roles, body: Body, params: Mapping[str,
                 yield Probe(f"{label}, rank {rank}", *ask(rows), partial(_exact, body, params, rows))
 
     replaced = replaced_by(site, [log])
-    evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.activation}")
+    evidence = (f"{site.label}({found.x}) is down(act(up(x)))", f"between the layers: {body.between}")
     views = weight_views(body, site.path, dense=True)
     return Lifted(
         site.path, "ffn", "ffn", site.module, site.method, call, body, region, views, replaced, evidence, probes, dtype
@@ -207,7 +208,7 @@ def _slice(driver: Driver, body: Body, params: Mapping[str, torch.Tensor], candi
             )
             if solution is None:
                 raise NotLifted(f"{site.label}: no tensor of the block is the FFN's result")
-            evidence = (f"{site.label} sliced around down(act(up(x)))", f"between the layers: {body.activation}")
+            evidence = (f"{site.label} sliced around down(act(up(x)))", f"between the layers: {body.between}")
             return slice_at(site, seen, solution, body, params, evidence)
         except NotLifted as reason:
             reasons.append(str(reason))

@@ -122,6 +122,8 @@ def _walk(log: Log, instance: Instance, width: int, axis: int) -> tuple[Formula,
     elif instance.ups[0].weight.shape[0] == width:
         known[outs[0]] = Formula("a")
     masked = {mask.entry: mask.data for mask in instance.masks}
+    if instance.scale is not None:
+        masked[instance.scale.entry] = instance.scale.data
     for index in instance.middle:
         entry = log.entries[index]
         if entry.op == HOST_READ:

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from moec.frontends.torch.hiddenscale import HiddenScale, read_scale
 from moec.frontends.torch.linears import Linear
 from moec.frontends.torch.oplog import Log, Ref
+from moec.frontends.torch.reasons import Chained, NotLifted, Unsuited
 from moec.frontends.torch.rowmasks import RowMask, read_masks, unexplained, unproved
 from moec.weights import View
 
-
-class NotLifted(Exception):  # noqa: N818 - no error: most candidates are no MoE
-    """A candidate cannot be lifted; the text says why, for the report.
-
-    `shown` has the values that show it, `tried` a line for each module that was looked at with what stood in the way.
-    """
-
-    tried: tuple[str, ...] = ()
-
-    def __init__(self, text: str, shown: str = "") -> None:
-        super().__init__(text)
-        self.shown = shown
-
-    @property
-    def whole(self) -> str:
-        """The reason and the values that show it."""
-        return f"{self}; {self.shown}" if self.shown else str(self)
-
-
-class Unsuited(NotLifted):
-    """A call that could not even be looked at in this way: what another call showed says more."""
-
-
-class Chained(NotLifted):
-    """Products follow each other as layers do: no mixture, but there may be plain FFNs in them."""
+__all__ = ["Chained", "Instance", "NotLifted", "Signature", "Unsuited"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +23,8 @@ class Instance:
     """One expert's computation: `ups` read rows, `down` the hidden values, `middle` are the entries between.
 
     `tail` are the entries of a norm behind the last product, `end` its result, `vectors` the parameters it reads.
-    `masks` are those of `middle` that clear rows by ids of experts, which is still to be proved of them.
+    `masks` are those of `middle` that clear rows by ids of experts, which is still to be proved of them. `scale` is a
+    vector of parameters that multiplies in `middle`; that it scales the hidden values is still to be proved, too.
     """
 
     ups: tuple[Linear, ...]
@@ -55,6 +34,7 @@ class Instance:
     end: int | None = None
     vectors: tuple[View, ...] = ()
     masks: tuple[RowMask, ...] = ()
+    scale: HiddenScale | None = None
 
     @property
     def last_product(self) -> Linear:
@@ -75,8 +55,10 @@ class Instance:
         return (*(i for linear in ends for i in (linear.entry, linear.last)), *self.middle, *self.tail)
 
 
-def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
-    """Chains rows -> ups -> middle -> down among the products.
+def find_instances(
+    log: Log, linears: Sequence[Linear], params: Mapping[str, torch.Tensor] | None = None
+) -> list[Instance]:
+    """Chains rows -> ups -> middle -> down among the products; vectors that scale hidden values lie in `params`.
 
     A product whose source is computed from other products' results alone is a down-projection of those. Raises
     NotLifted when the products do not pair up, or hidden values are mixed with something else.
@@ -98,7 +80,8 @@ def find_instances(log: Log, linears: Sequence[Linear]) -> list[Instance]:
         if used & set(sources):
             raise NotLifted("two products read the same expert's hidden values")
         used |= set(sources) | {i}
-        instances.append(_between(log, [linears[j] for j in sources], linears[i], middle_entries, stop))
+        found = _between(log, [linears[j] for j in sources], linears[i], middle_entries, stop)
+        instances.append(with_scale(log, found, stop, params or {}))
     if not instances:
         return [Instance((linear,), None, ()) for linear in linears]
     loose = [linear.weight.param for i, linear in enumerate(linears) if i not in used]
@@ -122,6 +105,18 @@ def _between(
     return Instance(tuple(ups), down, middle, masks=masks)
 
 
+def with_scale(log: Log, instance: Instance, stop: Mapping[int, int], params: Mapping[str, torch.Tensor]) -> Instance:
+    """The instance with the vector that multiplies its hidden values, where there is one."""
+    down = instance.down
+    assert down is not None
+    scale = read_scale(log, instance.middle, [up.out for up in instance.ups], down.weight.shape[1], params)
+    if scale is None:
+        return instance
+    given = {scale.slot: scale.entry, **{mask.operand: mask.entry for mask in instance.masks}}
+    middle = log.closure([(down.source, down.entry)], stop={**given, **stop})
+    return replace(instance, middle=tuple(sorted(middle)), scale=scale)
+
+
 def check_instance(log: Log, instance: Instance) -> None:
     """Refuse an instance that mixes its hidden values with anything but numbers."""
     rows = log.value(instance.rows, instance.ups[0].entry)
@@ -135,10 +130,11 @@ def check_instance(log: Log, instance: Instance) -> None:
         raise NotLifted(f"an expert has {len(instance.ups)} first layers")
     stop = {up.out for up in instance.ups}
     made = {slot for i in instance.middle for slot in log.entries[i].results}
-    masks = {(mask.entry, mask.operand) for mask in instance.masks}
+    allowed = {(mask.entry, mask.operand) for mask in instance.masks}
+    allowed |= {(scale.entry, scale.slot) for scale in (instance.scale,) if scale is not None}
     for index in instance.middle:
         for slot in log.entries[index].reads:
-            if slot in stop or slot in made or (index, slot) in masks:
+            if slot in stop or slot in made or (index, slot) in allowed:
                 continue
             if log.param_of(slot) is not None or log.tensors[slot].numel() > 1:
                 name = log.param_of(slot)
@@ -225,5 +221,7 @@ def roles(instance: Instance) -> dict[str, View]:
         named["w_down"] = instance.down.weight
         if instance.down.bias is not None:
             named["b_down"] = instance.down.bias
+    if instance.scale is not None:
+        named["w_scale"] = instance.scale.vector
     named.update({f"{i}_tail": vector for i, vector in enumerate(instance.vectors)})
     return named

@@ -60,7 +60,7 @@ def weight_names(body: Body) -> dict[str, str]:
         first, second = ("gate_up" if layout is not None else "up"), ""
     if "w_down" not in body.banks:
         first = "proj"
-    ends = {"up0": first, "up1": second, "down": "down", "tail": "norm"}
+    ends = {"up0": first, "up1": second, "down": "down", "tail": "norm", "scale": "scale"}
     return {role: ("" if role.startswith("w_") else "bias_") + ends[role[2:]] for role in body.banks}
 
 
@@ -95,7 +95,7 @@ class _Lifter:
 
     def norm(self, rows: Value, offsets: Value | None, norm: Norm) -> Value:
         """The norm of each expert's rows; weights of one view are all experts' own."""
-        each = {role: len(self.body.banks[role].views) > 1 for role in ("w_tail", "b_tail") if role in self.body.banks}
+        each = {role: not self.body.banks[role].shared for role in ("w_tail", "b_tail") if role in self.body.banks}
         if len(set(each.values())) > 1:
             raise NotLifted("one of the norm's vectors is shared by the experts and the other is not")
         grouped = any(each.values())
@@ -112,6 +112,15 @@ class _Lifter:
             name="normed",
         )
 
+    def ending(self, hidden: Value, offsets: Value | None) -> Value:
+        """The last layer, of hidden values that a vector of each expert may scale."""
+        if "w_scale" in self.body.banks:
+            grouped = offsets is not None and not self.body.banks["w_scale"].shared
+            scale = self.weight("w_scale", grouped)
+            each = offsets if grouped else None
+            hidden = self.builder.add(NormRows(hidden, offsets=each, w=scale, kind="none", eps=0.0), name="h_scaled")
+        return self.product(hidden, "down", offsets, "out")
+
     def products(self, rows: Value, offsets: Value | None) -> Value:
         """The expert's two layers, or the one."""
         activation = self.body.activation
@@ -121,7 +130,7 @@ class _Lifter:
             gate = self.product(rows, "up0", offsets, "h_gate" if activation.gated else "h")
             up = self.product(rows, "up1", offsets, "h_up") if activation.gated else None
             hidden = self.builder.add(Pointwise(gate, up, formula=activation.text), name="a")
-            return self.product(hidden, "down", offsets, "out")
+            return self.ending(hidden, offsets)
         attributes: dict[str, Any] = {
             "fn": activation.fn,
             "limit": activation.limit,
@@ -142,7 +151,7 @@ class _Lifter:
             hidden = self.builder.add(
                 Glu(first, layout=activation.layout, up_shift=activation.up_shift, **attributes), name="a"
             )
-        return self.product(hidden, "down", offsets, "out")
+        return self.ending(hidden, offsets)
 
 
 def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtype: str, on_input: bool) -> Region:
@@ -183,5 +192,5 @@ def weight_views(body: Body, prefix: str, *, dense: bool) -> dict[str, View | tu
         return tuple(View(v.param.removeprefix(lead), v.offset, v.shape, v.stride) for v in bank.views)
 
     names = weight_names(body)
-    one = {role for role, bank in body.banks.items() if dense or (role.endswith("_tail") and len(bank.views) == 1)}
+    one = {role for role, bank in body.banks.items() if dense or bank.shared}
     return {names[role]: local(bank)[0] if role in one else local(bank) for role, bank in body.banks.items()}

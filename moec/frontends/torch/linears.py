@@ -48,8 +48,8 @@ def _matrix(view: View | None) -> View | None:
     return replace(view, shape=shape[::-1], stride=stride[::-1]) if len(shape) == 2 else None
 
 
-def _vector(view: View | None, size: int) -> View | None:
-    """A bias operand, possibly broadcast, as [N]."""
+def vector_of(view: View | None, size: int) -> View | None:
+    """A vector, possibly broadcast, as [N]."""
     if (
         view is None
         or not view.shape
@@ -78,7 +78,7 @@ class LinearFinder:
 
     def vector(self, slot: int, size: int) -> View | None:
         """A bias of `size` outputs: any parameter serves, whatever its name."""
-        return _vector(view_of(self.log, slot, self.params), size)
+        return vector_of(view_of(self.log, slot, self.params), size)
 
     def find(self, start: int, end: int) -> list[Linear]:
         found = [linear for e in self.log.entries[start:end] if (linear := self._linear(e)) is not None]

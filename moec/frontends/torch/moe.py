@@ -15,6 +15,7 @@ from moec.frontends.torch.batched import read_batched, read_products
 from moec.frontends.torch.body import build_body
 from moec.frontends.torch.direct import fit_roles
 from moec.frontends.torch.discover import Candidate
+from moec.frontends.torch.drawn import with_effects
 from moec.frontends.torch.instances import NotLifted, Unsuited, find_instances
 from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lifted import Lifted
@@ -38,14 +39,16 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         if len(reasons) >= 2 and driver.path not in reasons:
             break
         try:
-            log, _ = driver.observe()
+            log, effects = driver.observe()
         except ProbeFailed as failure:
             drivers.failed(driver, failure)
             continue
         try:
             return _from_log(candidate, driver, log, params)
         except NotLifted as reason:
-            reasons.setdefault(driver.path, []).append(reason)
+            # A block that runs at its own sizes only was not probed; what the one run did says more than that.
+            whole = with_effects(driver, effects) if effects and isinstance(reason, ProbeFailed) else reason
+            reasons.setdefault(driver.path, []).append(whole)
     if reasons:
         every = [reason for found in reasons.values() for reason in found]
         said = [reason for reason in every if not isinstance(reason, ProbeFailed)]
@@ -68,7 +71,7 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         joined = joined_products(log, linears, driver.module, driver.path, params)
         if joined is not None:
             return read_products(log, joined, params)
-        instances = [with_tail(log, instance, dict(params)) for instance in find_instances(log, linears)]
+        instances = [with_tail(log, instance, dict(params)) for instance in find_instances(log, linears, params)]
         banks = unify(log, driver.module, driver.path, instances, dict(params))
         body = build_body(log, instances, banks, params)
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))

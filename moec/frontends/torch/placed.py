@@ -98,7 +98,7 @@ def lift_placed(
         evidence=(
             f"{site.label}({name}) is y[e] = f_e(x[e]), rows given by their places: {places.text()}",
             f"{body.experts} experts, all of them run and unified",
-            f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+            f"between the layers: {body.between}" if body.activation else "experts of one matrix",
         ),
         probes=probes,
         dtype=x.dtype,

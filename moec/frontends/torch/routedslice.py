@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.drawn import with_effects
 from moec.frontends.torch.instances import NotLifted, check_masks
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lifted import Lifted
@@ -87,7 +88,7 @@ def _slice(
     evidence = (
         f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
         f"{body.experts} experts, all of them seen at work and unified; {how}",
-        f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+        f"between the layers: {body.between}" if body.activation else "experts of one matrix",
     )
     return slice_at(site, seen, solution, body, params, evidence, more, opened=opened)
 
@@ -138,9 +139,10 @@ def observe_experts(driver: Driver, read: Callable[[Log], Reading]) -> Seen:
         probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
         if i > len(SHAPES) and first is not None:
             probe = _toward_experts(driver.module, probe, first.body.experts)
-        log, effects = driver.with_input(probe).observe()
+        probed = driver.with_input(probe)
+        log, effects = probed.observe()
         if effects:
-            raise NotLifted(f"the block {effects[0]}")
+            raise with_effects(probed, effects)
         reading = read(log)
         if first is None:
             first = reading

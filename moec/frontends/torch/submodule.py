@@ -139,7 +139,7 @@ def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:
         f"{site.label}({given}) is y = sum of w * f(x), routing given as {roles.form}{spread}",
         f"{body.experts} experts, all of them run and unified; {roles.slots} per token",
         *([f"{body.identities} more experts return their input"] if body.identities else []),
-        f"between the layers: {body.activation}" if body.activation else "experts of one matrix",
+        f"between the layers: {body.between}" if body.activation else "experts of one matrix",
         *([f"behind the last layer: {body.tail}"] if body.tail else []),
     )
 

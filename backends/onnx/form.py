@@ -31,6 +31,8 @@ class Form:
     """Says that QMoE's weights lie as they are, which the CUDA provider does not assume."""
     half: bool = False
     """MoE and QMoE compute in fp16, around which other types are cast."""
+    router: bool = False
+    """MoE and QMoE are handed the logits of the softmax router in front of them and choose experts themselves."""
 
     @property
     def rounds_weights(self) -> bool:

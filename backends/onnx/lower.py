@@ -52,6 +52,9 @@ def lower(
     for node in region.nodes:
         if node.op.of_weights:
             continue
+        if isinstance(node.op, Route) and form.router:
+            low.routers[node.results[0].name] = node.op
+            continue
         low.define(node.results, LOWERINGS[type(node.op)](node.op, low))
         if isinstance(node.op, Route):
             low.chosen.add(node.results[1].name)

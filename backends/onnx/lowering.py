@@ -14,7 +14,7 @@ import torch
 from moec.backends.onnx.emitter import Emitter
 from moec.backends.onnx.form import EXACT, Form
 from moec.backends.reference.joined import Experts, whole
-from moec.ir import Dim, Value
+from moec.ir import Dim, Route, Value
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Lowering:
         self.chosen: set[str] = set()
         # Weights that are known to sum to one for every token.
         self.sums_to_one: set[str] = set()
+        # Routers that the node behind them has inside, by the name of their weights.
+        self.routers: dict[str, Route] = {}
 
     def value(self, value: Value) -> Any:
         """The value as an output of a node; a weight becomes an initializer when first asked for."""

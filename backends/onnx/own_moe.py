@@ -1,8 +1,9 @@
-"""A MoE layer as one node of ONNX Runtime's own MoE or QMoE, fed with logarithms of the router's weights.
+"""A MoE layer as one node of ONNX Runtime's own MoE or QMoE, fed with logarithms of the router's weights or its logits.
 
 Both ops take logits and choose experts themselves. With W[T, E] the weights that the router chose, the logits are
 log W, renormalised inside the op, and W's sum is put back behind it: that serves any router whose weights are not
-negative, and keeps clear of what the ops get wrong otherwise.
+negative, and keeps clear of what the ops get wrong otherwise. A softmax router may be left to the op instead, which
+saves a dozen small kernels.
 
 T tokens, K experts per token, E experts, D model width, F expert width, N outputs, C inputs, B blocks of C.
 """
@@ -57,12 +58,9 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> Any:
     experts, k = op.w_in.type.shape[0].constant or 0, op.experts.type.shape[1].constant or 0
     x = low.value(op.x)
     x = x if op.x.type.dtype == kind else emit.cast(x, kind)
-    weights = low.value(op.weights)
-    weights = weights if op.weights.type.dtype == "f32" else emit.cast(weights, "f32")
-    ids, weights = _inside(op, low, weights, experts)
-    logits = _logits(low, ids, weights, experts, all_inside=op.experts.name in low.chosen)
-    inputs = [x, logits if kind == "f32" else emit.cast(logits, kind), *_tensors(op, low, kind)]
-    attributes: dict[str, Any] = {"k": k, "normalize_routing_weights": 1, **_activation(op)}
+    logits, normalize, sums = _routing(op, low, experts)
+    inputs = [x, logits if low.routers or kind == "f32" else emit.cast(logits, kind), *_tensors(op, low, kind)]
+    attributes: dict[str, Any] = {"k": k, "normalize_routing_weights": normalize, **_activation(op)}
     if form.experts == "qmoe":
         attributes |= {"expert_weight_bits": form.bits, "block_size": form.block}
         # The CUDA provider takes raw weights for its own layout unless told; others need not know the attribute.
@@ -70,11 +68,25 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> Any:
         attributes |= {"accuracy_level": 4} if form.bits == 4 and not form.cuda else {}
     name = "MoE" if form.experts == "moe" else "QMoE"
     y = emit.op(name, *inputs, name="experts", domain=DOMAIN, **attributes)
-    if op.weights.name in low.sums_to_one:
+    if sums is None:
         return y if kind == op.x.type.dtype else emit.cast(y, op.x.type.dtype)
-    sums = emit.op("ReduceSum", weights, emit.ints(1), keepdims=1, name="weight_of_token")
     y = emit.op("Mul", y if kind == "f32" else emit.cast(y, "f32"), sums, name="weighted")
     return low.rounded(y, op.x.type.dtype, "f32")
+
+
+def _routing(op: ExpertFfn, low: Lowering, experts: int) -> tuple[Any, int, Any | None]:
+    """The logits that the op is handed, how it normalises, and what its result is multiplied by: None or [T, 1]."""
+    emit = low.emit
+    route = low.routers.get(op.weights.name)
+    if route is not None:
+        return low.value(route.logits), int(route.normalize == "sum"), None
+    weights = low.value(op.weights)
+    weights = weights if op.weights.type.dtype == "f32" else emit.cast(weights, "f32")
+    ids, weights = _inside(op, low, weights, experts)
+    logits = _logits(low, ids, weights, experts, all_inside=op.experts.name in low.chosen)
+    if op.weights.name in low.sums_to_one:
+        return logits, 1, None
+    return logits, 1, emit.op("ReduceSum", weights, emit.ints(1), keepdims=1, name="weight_of_token")
 
 
 def _inside(op: ExpertFfn, low: Lowering, weights: Any, experts: int) -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
 """ONNX Runtime's CUDA provider: which of its MoE ops are right here, and what moec writes beside nodes built by hand.
 
-Four parts: the cases of `moec doctor`; layers of several routers and activations as moec writes them against a plain
-evaluation; one layer as moec writes it (router in plain ops, logarithms of its weights) beside MoE and QMoE nodes built
-by hand, which take the router's logits, and beside the portable form; a small Mixtral exported by torch and by moec.
+Five parts: the cases of `moec doctor`; layers of several routers and activations as moec writes them against a plain
+evaluation; one layer as moec writes it (its softmax router left to the node, or in plain ops with logarithms of its
+weights) beside MoE and QMoE nodes built by hand and beside the portable form; a small Mixtral exported by torch and by
+moec; the same compiled.
 
     python examples/benchmarks/onnx_gpu.py [--layers E8k2D4096F14336 ...] [--tokens 1 32 256 1024] [--json FILE]
                                            [--skip doctor parity layers model compile] [--seconds 0.4]
@@ -18,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from moec.backends.onnx.runtime import session
 from moec.backends.onnx.stacks import rounded_in_blocks, stacked
 from moec.environment import machine, versions
 from moec.exporter.check import check_region
+from moec.exporter.placed import with_router
 from moec.ir import Builder, ExpertFfn, Region, Route, Tensor, Weight
 from moec.jsontext import dumps
 from moec.table import table
@@ -57,7 +60,7 @@ def region(shape: Shape, dtype: str, *, routed: bool, **at: Any) -> Region:
     b = Builder("layer")
     x = b.input("x", Tensor.of(dtype, "T", shape.d))
     if routed:
-        logits = b.input("logits", Tensor.of("f32", "T", shape.experts))
+        logits = b.input("logits", Tensor.of(dtype, "T", shape.experts))
         weights, ids = b.add_many(Route(logits, k=shape.k, score="softmax", normalize="sum"), ["weights", "ids"])
     else:
         ids = b.input("ids", Tensor.of("i32", "T", shape.k))
@@ -85,11 +88,18 @@ def parity() -> list[dict[str, Any]]:
             shape = Shape(6, 2, 256, 384, gated=at["layout"] != "none")
             layer = Layer(shape, dtype, "cpu")
             forms = [Form(experts="moe"), *(QMOE.values() if dtype != torch.float32 else ())]
-            for form in [*forms, EXACT]:
-                exact = region(shape, KINDS[dtype], routed=False, **at)
+            alone = region(shape, KINDS[dtype], routed=False, **at)
+            tried: list[tuple[str, Region, Form]] = [("sorted rows", alone, EXACT)]
+            for form in forms:
+                title = f"{form.experts} {form.bits if form.rounds_weights else ''}"
+                tried.append((title, alone, form))
+                for normalize in (True, False):
+                    routed = with_router(alone, normalize, KINDS[dtype])
+                    words = f"{title}, own router{', normalized' * normalize}"
+                    tried.append((words, routed, replace(form, router=True)))
+            for title, exact, form in tried:
                 providers = [(CUDA, {"use_tf32": "0"}), CPU]
                 check = check_region(exact, exact, store(layer), form, 2e-6, providers)
-                title = "sorted rows" if form == EXACT else f"{form.experts} {form.bits if form.rounds_weights else ''}"
                 found.append(
                     {"type": KINDS[dtype], "layer": name, "form": title, "error": check.max_error, "why": check.why}
                 )
@@ -141,10 +151,12 @@ def layer_latency(text: str, tokens: Sequence[int], seconds: float) -> list[dict
     made: dict[str, Any] = {}
     builders: dict[str, Callable[[], Any]] = {"MoE by hand": partial(by_hand, layer, bits=None)}
     exact = region(shape, "f16", routed=True, **ACTIVATIONS["silu"])
-    builders["moec, MoE"] = lambda: region_model(exact, store(layer), form=Form(experts="moe"))
-    for bits in (8, 4):
-        builders[f"QMoE int{bits} by hand"] = partial(by_hand, layer, bits=bits)
-        builders[f"moec, QMoE int{bits}"] = lambda bits=bits: region_model(exact, store(layer), form=QMOE[bits])
+    forms = {"MoE": Form(experts="moe"), **{f"QMoE int{bits}": QMOE[bits] for bits in (8, 4)}}
+    for title, form in forms.items():
+        bits = form.bits if form.rounds_weights else None
+        builders[f"{title} by hand"] = partial(by_hand, layer, bits=bits)
+        builders[f"moec, {title}"] = partial(region_model, exact, store(layer), form=replace(form, router=True))
+        builders[f"moec, {title}, log-weights"] = partial(region_model, exact, store(layer), form=form)
     if shape.d * shape.f < 4e6:
         builders["moec, portable (fp32 products)"] = lambda: region_model(exact, store(layer))
     found = []
@@ -158,14 +170,13 @@ def layer_latency(text: str, tokens: Sequence[int], seconds: float) -> list[dict
             print(f"  {text}: {name}: {found[-1]['failed']}", flush=True)
     for count in tokens:
         x = torch.randn(count, shape.d, device="cuda", dtype=torch.float16)
-        logits = torch.randn(count, shape.experts, device="cuda")
-        theirs = expected(layer, x, logits)
+        logits = torch.randn(count, shape.experts, device="cuda", dtype=torch.float16)
+        theirs = expected(layer, x, logits.float())
         calls, results = {}, {}
         for name, one in made.items():
             results[name] = torch.empty_like(x)
-            router = logits.half() if "by hand" in name else logits
             output = one.get_outputs()[0].name
-            calls[name] = partial(run_bound, one, [("x", x), ("logits", router)], [(output, results[name])])
+            calls[name] = partial(run_bound, one, [("x", x), ("logits", logits)], [(output, results[name])])
         for name in list(calls):
             try:
                 calls[name]()
@@ -199,7 +210,7 @@ def layers(texts: Sequence[str], tokens: Sequence[int], seconds: float) -> list[
     us = {(one["layer"], one["tokens"], one["file"]): one["us"] for one in timed}
     rows = []
     for one in timed:
-        rival = one["file"].replace("moec, ", "") + " by hand"
+        rival = one["file"].removeprefix("moec, ").removesuffix(", log-weights") + " by hand"
         beside = us.get((one["layer"], one["tokens"], rival))
         one["beside_hand"] = None if beside is None else one["us"] / beside
         ratio = "" if beside is None else f"{one['us'] / beside:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
@@ -19,17 +20,19 @@ from moec.table import table
 
 
 def interleaved(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Microseconds of each, medians of calls in turns."""
+    """Microseconds of each, medians of calls in turns, every round in another order."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3):
             call()
+    order, shuffle = list(calls), random.Random(0).shuffle
     end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
+    while time.perf_counter() < end or len(times[order[0]]) < 5:
+        shuffle(order)
+        for name in order:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append((time.perf_counter() - start) * 1e6)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -68,7 +71,7 @@ def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
             start = time.perf_counter()
             try:
                 about = write(path)
-                made[name] = session(path, providers=[CUDA, CPU])
+                made[name] = session(path, providers=[(CUDA, {"use_tf32": "0"}), CPU])
                 print(f"  {name}: {time.perf_counter() - start:.1f} s {about}", flush=True)
             except Exception as error:  # torch's exporter and ONNX Runtime raise dozens of kinds
                 found.append({"file": name, "failed": str(error).strip().splitlines()[0][:300]})

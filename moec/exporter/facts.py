@@ -80,7 +80,7 @@ def _rule(node: Any) -> list[Any] | None:
     return {"Pow": inputs[:1], "Where": inputs[1:], "ScatterElements": [inputs[0], inputs[-1]]}.get(kind)
 
 
-def _through(value: Any) -> Any:
+def through(value: Any) -> Any:
     """Where the value comes from, but for its type and shape: K stays the last size."""
     node = value.producer()
     while node is not None and node.domain == "" and node.op_type in ("Identity", "Cast", "Reshape"):
@@ -91,42 +91,51 @@ def _through(value: Any) -> Any:
 
 def _sums_to_one(value: Any) -> bool:
     """Whether the last step is a softmax over a token's choices or a division by their sum, nothing added."""
-    found = _through(value)
+    found = through(value)
     node = found.producer()
-    if node is None or node.domain != "" or not _same_last_size(value, found):
+    if node is None or node.domain != "" or not same_last_size(value, found):
         return False
     if node.op_type == "Softmax":
-        return _is_last(node.attributes.get("axis"), found, default=-1)
-    if node.op_type != "Div":
-        return False
-    total = _through(node.inputs[1]).producer()
-    if total is None or total.op_type != "ReduceSum" or _through(total.inputs[0]) is not _through(node.inputs[0]):
-        return False
+        return is_last(node.attributes.get("axis"), found, default=-1)
+    return divided_by_its_sum(found) is not None
+
+
+def divided_by_its_sum(value: Any) -> Any | None:
+    """What the value is, divided by its sum over the last size; None if that is not how it is computed."""
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type != "Div":
+        return None
+    total = through(node.inputs[1]).producer()
+    if total is None or total.op_type != "ReduceSum" or through(total.inputs[0]) is not through(node.inputs[0]):
+        return None
     axes = _constant(total.inputs[1]) if len(total.inputs) > 1 and total.inputs[1] is not None else None
     kept = total.attributes.get("keepdims")
-    rank = len(found.shape) if found.shape is not None else 0
-    return axes is not None and axes.tolist() in ([-1], [rank - 1]) and (kept is None or kept.as_int() == 1)
+    rank = len(value.shape) if value.shape is not None else 0
+    last = axes is not None and axes.tolist() in ([-1], [rank - 1])
+    return node.inputs[0] if last and (kept is None or kept.as_int() == 1) else None
 
 
-def _same_last_size(a: Any, b: Any) -> bool:
+def same_last_size(a: Any, b: Any) -> bool:
+    """Whether both have a known last size, the same."""
     if a.shape is None or b.shape is None or not len(a.shape) or not len(b.shape):
         return False
     return isinstance(a.shape[-1], int) and a.shape[-1] == b.shape[-1]
 
 
-def _is_last(axis: Any, value: Any, default: int) -> bool:
+def is_last(axis: Any, value: Any, default: int) -> bool:
+    """Whether a node's axis attribute names the last size of the value."""
     found = default if axis is None else axis.as_int()
     return found in (-1, len(value.shape) - 1)
 
 
 def _chosen(ids: Any, experts: int) -> bool:
     """Whether they are the places of a TopK over E scores."""
-    found = _through(ids)
+    found = through(ids)
     node = found.producer()
     if node is None or node.domain != "" or node.op_type != "TopK" or found is not node.outputs[1]:
         return False
     scores = node.inputs[0]
     rank = len(scores.shape) if scores.shape is not None else 0
-    if not rank or scores.shape[-1] != experts or not _is_last(node.attributes.get("axis"), scores, default=-1):
+    if not rank or scores.shape[-1] != experts or not is_last(node.attributes.get("axis"), scores, default=-1):
         return False
-    return _same_last_size(ids, found)
+    return same_last_size(ids, found)

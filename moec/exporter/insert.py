@@ -7,53 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.backendbase import Weights
 from moec.backends.onnx.emitter import Emitter
-from moec.backends.onnx.form import EXACT, Form
 from moec.backends.onnx.lower import lower
-from moec.errors import MoecError
-from moec.exporter.check import Check
 from moec.exporter.facts import Facts, facts_of
 from moec.exporter.marks import DOMAIN
+from moec.exporter.placed import Placed
 from moec.exporter.probes import num_experts
-from moec.exporter.result import ExportedLayer
+from moec.exporter.routers import router_of
 from moec.ir import Region
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What stands in a mark's place: a region over weights, and the form it is written in."""
-
-    name: str
-    region: Region
-    weights: Weights
-    form: Form = EXACT
-    title: str = ""
-    """The form in words."""
-    told: ExportedLayer | None = None
-    """Where the report says how the layer is written."""
-    check: Check | None = None
-    """How the region, written so, compared with the layer."""
-    instead: Placed | None = None
-    """What to write where the graph does not prove that the router's weights are not negative."""
-
-    def settled(self, facts: Facts) -> Placed:
-        """This, or what stands instead, entered in the report. Raises MOEC704 where nothing does."""
-        one, layer = self, self.told or ExportedLayer(self.name, "moe", "left alone")
-        if self.form.experts != "sorted" and not facts.nonnegative:
-            layer.tried.append(f"{self.title}: the graph does not prove that the router's weights are not negative")
-            if self.instead is None:
-                where = "; ".join(layer.tried)
-                raise MoecError("MOEC704", f"no way to write {self.name} passed its check", where=where)
-            one = self.instead
-        layer.status, layer.lowering = "rewritten", one.title
-        if one.check is not None:
-            layer.max_error, layer.max_abs_error, layer.bar = (
-                one.check.max_error,
-                one.check.max_abs_error,
-                one.check.bar,
-            )
-        return one
 
 
 @dataclass(frozen=True)
@@ -71,12 +32,15 @@ def insert(model: Any, placed: Mapping[str, Placed]) -> list[Inserted]:
     found = []
     for node in [node for node in graph if node.domain == DOMAIN]:
         key = node.attributes["layer"].as_string()
-        facts = Facts()
+        facts, router = Facts(), None
         if len(node.inputs) == 3:
-            facts = facts_of(node.inputs[1], node.inputs[2], num_experts(placed[key].region))
-        one = placed[key].settled(facts)
+            region, (_, ids, weights) = placed[key].region, node.inputs
+            facts = facts_of(ids, weights, num_experts(region))
+            router = router_of(ids, weights, num_experts(region), region.inputs[0].type.dtype)
+        one = placed[key].settled(facts, router)
         emit = Emitter(one.name or "model")
-        (output,) = lower(one.region, one.weights, emit, list(node.inputs), form=one.form, **known(one.region, facts))
+        given = one.inputs(emit, list(node.inputs))
+        (output,) = lower(one.region, one.weights, emit, given, form=one.form, **known(one.region, facts))
         _describe(emit, one)
         put_before(graph, node, emit)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
@@ -89,8 +53,8 @@ def insert(model: Any, placed: Mapping[str, Placed]) -> list[Inserted]:
 
 
 def known(region: Region, facts: Facts) -> dict[str, list[str]]:
-    """What `lower` may take for granted about the region's inputs: x, experts and weights."""
-    names = [value.name for value in region.inputs]
+    """What `lower` may take for granted about the region's inputs: x, experts and weights, if it reads these."""
+    names = [value.name for value in region.inputs] if len(region.inputs) == 3 else []
     return {
         "chosen": names[1:2] if facts.chosen else [],
         "sums_to_one": names[2:3] if facts.sums_to_one else [],
@@ -104,6 +68,13 @@ def put_before(graph: Any, node: Any, emit: Emitter) -> None:
     graph.insert_before(node, emit.nodes)
     for domain, version in emit.domains.items():
         graph.opset_imports.setdefault(domain, version)
+
+
+def forget_unused(model: Any) -> None:
+    """Remove nodes that no output needs, and the weights that only they read."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _describe(emit: Emitter, one: Placed) -> None:

@@ -8,7 +8,7 @@ from moec.backendbase import Weights
 from moec.backends.onnx.providers import providers_of
 from moec.exporter.check import check_region
 from moec.exporter.choose import fastest_first
-from moec.exporter.insert import Placed
+from moec.exporter.placed import Placed
 from moec.exporter.result import ExportedLayer
 from moec.exporter.settings import Settings
 from moec.exporter.ways import Way, optimised, ways

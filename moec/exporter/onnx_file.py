@@ -23,11 +23,12 @@ from moec.errors import MoecError
 from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
 from moec.exporter.confirm import confirm
 from moec.exporter.facts import Facts
-from moec.exporter.insert import Placed, known, put_before
+from moec.exporter.insert import forget_unused, known, put_before
 from moec.exporter.invent import Feed, feeds
 from moec.exporter.lowerings import place
+from moec.exporter.placed import Placed
 from moec.exporter.result import ExportedLayer, ExportReport
-from moec.exporter.routed import facts_about, region_inputs
+from moec.exporter.routed import facts_about, region_inputs, router_about
 from moec.exporter.settings import Settings
 from moec.exporter.slower import slower_alone
 from moec.frontends.onnx.home import Home
@@ -90,9 +91,9 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     if not rewritten:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
         raise MoecError("MOEC705", f"no layer of {path} can be rewritten: {reasons}")
-    _clean(model)
     say("checking the whole file")
     _check(model, list(dict.fromkeys(chosen)), made, found.runs, settings, report)
+    forget_unused(model)
     return Rewritten(model, made, home)
 
 
@@ -155,11 +156,13 @@ def _place(model: Any, layer: Layer, run: Run, settings: Settings, report: Expor
     placed = place(layer.region, layer.weights, settings, told, 2e-6)
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
+    facts = facts_about(layer)
+    placed = replace(placed.settled(facts, router_about(layer)), name=layer.name)
     told.reason = slower_alone(model, layer, placed, run, settings) if timed else ""
     if told.reason:
+        told.status, told.lowering = "left alone", ""
         return False
-    facts = facts_about(layer)
-    _put(model.graph, layer, replace(placed.settled(facts), name=layer.name), facts, run[layer.y.name])
+    _put(model.graph, layer, placed, facts, run[layer.y.name])
     return True
 
 
@@ -179,7 +182,7 @@ def _confirmed(model: Any, layer: Layer, run: Run) -> tuple[Layer, Check]:
 def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts, like: Any) -> None:
     """The region in front of the node that gives its result, which then nobody reads; `like` is such a result."""
     emit = Emitter(layer.name)
-    inputs = region_inputs(emit, layer)
+    inputs = placed.inputs(emit, region_inputs(emit, layer))
     (y,) = lower(placed.region, placed.weights, emit, inputs, form=placed.form, **known(placed.region, facts))
     if DTYPES[str(like.dtype)] != layer.region.outputs[0].type.dtype:
         y = emit.cast(y, DTYPES[str(like.dtype)])
@@ -189,12 +192,6 @@ def _put(graph: Any, layer: Layer, placed: Placed, facts: Facts, like: Any) -> N
     put_before(graph, layer.y.producer(), emit)
     y.shape, y.type = layer.y.shape, layer.y.type
     layer.y.replace_all_uses_with(y, replace_graph_outputs=True)
-
-
-def _clean(model: Any) -> None:
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
 
 
 def _check(
@@ -227,12 +224,13 @@ def _check(
 
 
 def _with_outputs(model: Any, names: Sequence[str], providers: Sequence[Any] = (CPU,)) -> Any:
-    """A session that also gives these values."""
+    """A session that also gives these values; nodes that neither they nor the outputs need are gone."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     outputs = model.graph.outputs
     count = len(outputs)
     outputs.extend(values[name] for name in names)
     try:
+        forget_unused(model)
         return session(model, providers=providers)
     finally:
         del outputs[count:]

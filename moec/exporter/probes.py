@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from moec.backends.reference.dtypes import DTYPES
-from moec.ir import ExpertFfn, Group, Region, Value
+from moec.ir import ExpertFfn, Group, Region, Route, Value
 from moec.ir.types import INDICES
 
 Tensors = list[torch.Tensor]
@@ -48,6 +48,19 @@ def _region_probes(region: Region) -> Iterator[tuple[str, Tensors]]:
     for scale in (0.05, 20.0):
         found = _inputs(region, 9, experts, generator)
         yield f"scale {scale:g}", [found[0] * scale, *found[1:]]
+    if any(isinstance(node.op, Route) for node in region.nodes):
+        yield from _logits_probes(region, generator)
+
+
+def _logits_probes(region: Region, generator: torch.Generator) -> Iterator[tuple[str, Tensors]]:
+    """Logits that are easy to get wrong, for a region that routes by itself: x[T, D], logits[T, E]."""
+    experts = num_experts(region)
+    x, logits = _inputs(region, 64, experts, generator)
+    yield "equal logits", [x, torch.zeros_like(logits)]
+    yield "logits with ties", [x, (2 * logits).round()]
+    yield "large logits", [x, logits * 60]
+    for label, expert in (("first", 0), ("last", experts - 1)):
+        yield f"logits for the {label} expert", [x, logits + 40 * (torch.arange(experts) == expert).to(logits.dtype)]
 
 
 def inputs_of(region: Region, tokens: int) -> Tensors:

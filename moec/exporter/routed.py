@@ -10,6 +10,7 @@ from typing import Any
 
 from moec.backends.onnx.emitter import Emitter
 from moec.exporter.facts import Facts, facts_of
+from moec.exporter.routers import SoftmaxRouter, router_of
 from moec.frontends.onnx.layer import Layer
 
 
@@ -76,3 +77,13 @@ def facts_about(layer: Layer) -> Facts:
         return replace(found, chosen=True)
     told = facts_of(layer.ids[0], layer.routing, layer.experts)
     return Facts(nonnegative=told.nonnegative)
+
+
+def router_about(layer: Layer) -> SoftmaxRouter | None:
+    """The layer's router, where the graph proves it to be a softmax over logits that it has."""
+    if layer.form == "logits":
+        assert layer.router is not None
+        return SoftmaxRouter(layer.routing, layer.router.normalize)
+    if layer.form == "slots" and len(layer.ids) == 1:
+        return router_of(layer.ids[0], layer.routing, layer.experts, layer.region.inputs[0].type.dtype)
+    return None

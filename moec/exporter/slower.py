@@ -15,7 +15,7 @@ from moec.backends.onnx.runtime import run as run_session
 from moec.backends.onnx.runtime import session
 from moec.bench import Effort, compare
 from moec.exporter.confirm import DTYPES, part_of
-from moec.exporter.insert import Placed
+from moec.exporter.placed import Placed
 from moec.exporter.settings import Settings
 from moec.frontends.onnx.layer import Layer, Run
 
@@ -38,7 +38,7 @@ def slower_alone(model: Any, layer: Layer, placed: Placed, run: Run, settings: S
         weights, ids = scores.topk(layer.k, -1)
         feed = part.feed(part.given(layer, [x, ids, weights] if layer.form == "slots" else [x, scores]))
         types = [DTYPES[value.type.dtype] for value in placed.region.inputs]
-        told = [x, ids, weights][: len(types)]
+        told = [x, scores.log()] if placed.logits is not None else [x, ids, weights][: len(types)]
         region = [tensor.to(dtype) for tensor, dtype in zip(told, types, strict=True)]
         before_ms, after_ms = (
             found.median_ms

@@ -20,8 +20,9 @@ from moec.errors import MoecError
 from moec.exporter.calls import Mark
 from moec.exporter.check import LEAST_AGREEMENT, Check, agreement, check_model
 from moec.exporter.dynamic import dynamic_axes
-from moec.exporter.insert import Inserted, Placed, insert, name_sizes
+from moec.exporter.insert import Inserted, forget_unused, insert, name_sizes
 from moec.exporter.lowerings import place
+from moec.exporter.placed import Placed
 from moec.exporter.probes import model_probes
 from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
@@ -73,10 +74,10 @@ def write(
     name_sizes(found)
     inserted = insert(found, placed)
     _report_absent(placed, inserted, report)
-    _forget_unused(found)
     say("checking the whole model")
     written = Written(found, flat, layout.names, tensors, _shapes(found, layout.names, tensors))
     _check_whole(twin, layers, layout, inserted, written, settings, report)
+    forget_unused(found)
     return written
 
 
@@ -197,12 +198,6 @@ def _widened(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat([t, t]) if t.dim() > 1 and t.shape[0] == 1 else t for t in tensors]
 
 
-def _forget_unused(model: Any) -> None:
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
-
-
 def _shapes(model: Any, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, list[int | str]]:
     """Each input's sizes in the graph: numbers, and names of those that are dynamic."""
     inputs = {value.name: value for value in model.graph.inputs}
@@ -242,6 +237,7 @@ def _check_whole(
         probes = [("the given shape", written.tensors), *probes]
     graph.outputs.extend(dict.fromkeys(value for value in routed.values() if value not in graph.outputs))
     try:
+        forget_unused(written.model)
         runtime = session(written.model, providers=providers_of(settings.target))
     finally:
         del graph.outputs[outputs:]

@@ -17,6 +17,7 @@ from moec.backendbase import load_backend
 from moec.backends.onnx.runtime import session
 from moec.exporter.check import LOW_BARS, Check
 from moec.exporter.probes import region_probes
+from moec.frontends.onnx.graphs import with_inner
 from moec.frontends.onnx.layer import Layer, Run
 from moec.frontends.onnx.moe_ops import routed
 
@@ -41,9 +42,14 @@ class Part:
     tokens: int
     """Of that run."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it runs on as many tokens as that run had alone: the file says so, or it reads more of that run."""
+        return bool(self.more) or any(_states_all(value.shape) for value in self.cut)
+
     def fits(self, tokens: int) -> bool:
         """Whether the part can run on this many tokens."""
-        return tokens == self.tokens or not self.more
+        return tokens == self.tokens or not self.fixed
 
     def __call__(self, tensors: Tensors) -> list[torch.Tensor]:
         return [torch.from_numpy(np.ascontiguousarray(one)) for one in self.runtime.run(None, self.feed(tensors))]
@@ -65,6 +71,10 @@ class Part:
             shape = like.shape if given.numel() == like.size else others
             feed[value.name] = given.numpy().reshape(shape).astype(like.dtype)
         return feed
+
+
+def _states_all(shape: Any) -> bool:
+    return shape is not None and all(isinstance(size, int) for size in shape)
 
 
 def confirm(model: Any, layer: Layer, run: Run) -> Check:
@@ -126,7 +136,7 @@ def _reads(model: Any, cut: tuple[Any, ...], outputs: list[Any]) -> list[Any]:
         if value in inputs:
             found[value] = None
         elif value.producer() is not None:
-            todo += value.producer().inputs
+            todo += [read for node in with_inner([value.producer()]) for read in node.inputs]
     return list(found)
 
 
@@ -136,16 +146,22 @@ def _probes(layer: Layer, part: Part) -> Iterator[tuple[str, Tensors]]:
         yield from _scored(layer, part)
         return
     most = _most_tokens(layer)
-    for label, inputs in region_probes(layer.region):
-        if "no token" in label or len(inputs[0]) > most:
+    for label, found in region_probes(layer.region):
+        if "no token" in label or (len(found[0]) > most and not part.fixed):
             continue
+        inputs = [_resized(tensor, part.tokens) for tensor in found] if part.fixed else found
         same = label.startswith(("all on", "equal")) and len(inputs) == 3
         yield label, [inputs[0], _distinct(inputs[1], layer.experts).int(), inputs[2]] if same else inputs
-    tokens = part.tokens if part.more else min(part.tokens, most)
+    tokens = part.tokens if part.fixed else min(part.tokens, most)
     rounds = -(-layer.experts // tokens) if layer.form == "slots" else 1
     for scale in SCALES:
         for turn in range(rounds):
             yield f"scale {scale:g}", _in_turns(layer, tokens, turn, scale)
+
+
+def _resized(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Its rows over and over, as many as there are tokens."""
+    return tensor[torch.arange(tokens) % len(tensor)]
 
 
 def _most_tokens(layer: Layer) -> int:
@@ -157,7 +173,7 @@ def _scored(layer: Layer, part: Part) -> Iterator[tuple[str, Tensors]]:
     """x[T, D] and scores[T, E], which serve as logits and as chances: many experts, one, ties, several scales."""
     generator = torch.Generator().manual_seed(0)
     most = _most_tokens(layer)
-    counts = [part.tokens] if part.more else sorted({min(count, most) for count in (1, 2, 7, 33, 200)})
+    counts = [part.tokens] if part.fixed else sorted({min(count, most) for count in (1, 2, 7, 33, 200)})
     for tokens in counts:
         for scale in SCALES:
             x = torch.randn(tokens, layer.width, generator=generator) * scale

@@ -20,9 +20,11 @@ from moec.bench import Effort, compare
 from moec.environment import machine, versions
 from moec.errors import MoecError
 from moec.exporter.apart import run_apart
+from moec.exporter.beside import runner
+from moec.exporter.file_graph import Say
 from moec.exporter.files import check_target, least_runtime, save
 from moec.exporter.invent import sized
-from moec.exporter.onnx_file import Rewritten, Say, rewrite, runner
+from moec.exporter.onnx_file import Rewritten, rewrite
 from moec.exporter.probes import sampled
 from moec.exporter.result import ExportReport
 from moec.exporter.settings import Settings

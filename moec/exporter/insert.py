@@ -70,13 +70,6 @@ def put_before(graph: Any, node: Any, emit: Emitter) -> None:
         graph.opset_imports.setdefault(domain, version)
 
 
-def forget_unused(model: Any) -> None:
-    """Remove nodes that no output needs, and the weights that only they read."""
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
-
-
 def _describe(emit: Emitter, one: Placed) -> None:
     """The last node says what the ones before it are; the first may turn out to be unused."""
     if emit.nodes:

@@ -20,7 +20,7 @@ from moec.errors import MoecError
 from moec.exporter.calls import Mark
 from moec.exporter.check import LEAST_AGREEMENT, Check, agreement, check_model
 from moec.exporter.dynamic import dynamic_axes
-from moec.exporter.insert import Inserted, forget_unused, insert, name_sizes
+from moec.exporter.insert import Inserted, insert, name_sizes
 from moec.exporter.lowerings import place
 from moec.exporter.placed import Placed
 from moec.exporter.probes import model_probes
@@ -28,6 +28,7 @@ from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.exporter.traced import Layout, layer_key, marked, results, take_apart, trace
 from moec.exporter.ways import optimised
+from moec.frontends.onnx.graphs import forget_unused
 from moec.frontends.torch.analyse import Analysis, analyse
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.effects import Watch

@@ -143,7 +143,9 @@ def test_a_choice_within_a_graph_of_a_node_is_named(tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", [x], [y], held)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "in.onnx")
     message = refused("MOEC705", tmp_path / "in.onnx", tmp_path / "out.onnx").message
-    assert "inner: it is in a graph of If" in message
+    assert (
+        "inner: within the then_branch of If node_2: nothing that is computed from the choice comes together" in message
+    )
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_layer_that_would_be_slower_stays(tmp_path: Path, monkeypatch: pytest.
     found = iter(["slower", ""])
     monkeypatch.setattr("moec.exporter.export._time_both", lambda *args: next(found))
     told = iter(["it would be slower: 2 ms instead of 1 at 4 tokens", ""])
-    monkeypatch.setattr("moec.exporter.onnx_file.slower_alone", lambda *args: next(told))
+    monkeypatch.setattr("moec.exporter.place_layer.slower_alone", lambda *args: next(told))
     report = moec.export(source, tmp_path / "out.onnx", tokens=[4])
     assert [layer.status for layer in report.layers] == ["left alone", "rewritten"]
     assert report.layers[0].reason.startswith("it would be slower")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.frontends.onnx.graphs import graphs_of, with_inner
+
 # Not the same in each run, though nothing goes in.
 RANDOM = ("RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "Dropout")
 
@@ -21,10 +23,6 @@ def _turns(node: Any) -> bool:
     return bool(node.op_type == "Identity")
 
 
-def _has_graph(node: Any) -> bool:
-    return any(attribute.type.name in ("GRAPH", "GRAPHS") for attribute in node.attributes.values())
-
-
 class Constants:
     """The constants of one graph by what they are; what is computed is computed once, by ONNX Runtime."""
 
@@ -33,7 +31,7 @@ class Constants:
         self._computed: dict[Any, torch.Tensor] = {}
         self._fixed: set[Any] = set()
         for node in model.graph:
-            if not node.op_type.startswith(RANDOM) and not _has_graph(node) and all(map(self.holds, node.inputs)):
+            if not node.op_type.startswith(RANDOM) and not graphs_of(node) and all(map(self.holds, node.inputs)):
                 self._fixed.update(node.outputs)
 
     def holds(self, value: Any) -> bool:
@@ -41,9 +39,9 @@ class Constants:
         return value is None or value.const_value is not None or value in self._fixed
 
     def of(self, nodes: Iterable[Any]) -> list[Any]:
-        """The constants that nodes read, each once, in order of use."""
+        """The constants that nodes read, and the graphs that they run, each once, in order of use."""
         found: dict[Any, None] = {}
-        for node in nodes:
+        for node in with_inner(nodes):
             for value in node.inputs:
                 if value is not None and self.holds(value):
                     found.setdefault(self._whole(value))

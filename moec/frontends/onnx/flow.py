@@ -11,6 +11,7 @@ from typing import Any
 import networkx
 
 from moec.frontends.onnx.constants import Constants
+from moec.frontends.onnx.graphs import graphs_of
 
 
 class Flow:
@@ -76,9 +77,3 @@ def _owners(nodes: list[Any]) -> dict[Any, Any]:
         for graph in graphs_of(node):
             found.update(dict.fromkeys(graph.all_nodes(), node))
     return found
-
-
-def graphs_of(node: Any) -> list[Any]:
-    """The graphs that a node runs: the branches of If, the bodies of Loop and Scan."""
-    kinds = [attribute for attribute in node.attributes.values() if attribute.type.name in ("GRAPH", "GRAPHS")]
-    return [graph for one in kinds for graph in (one.as_graphs() if one.type.name == "GRAPHS" else [one.as_graph()])]

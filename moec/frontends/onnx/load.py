@@ -64,6 +64,7 @@ def _tidied(model: Any) -> Any:
     return ir.passes.Sequential(
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
         common.NameFixPass(),
         common.ShapeInferencePass(),
     )(model).model

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.frontends.onnx.candidates import CHOICES, NEAR, candidates
+from moec.frontends.onnx.candidates import NEAR, candidates
 from moec.frontends.onnx.constants import Constants
 from moec.frontends.onnx.dense import ffns, prove_ffn
-from moec.frontends.onnx.flow import Flow, graphs_of
+from moec.frontends.onnx.flow import Flow
 from moec.frontends.onnx.layer import Feeds, Layer, Left, Run
-from moec.frontends.onnx.moe_ops import DOMAIN, MATRICES, moe_nodes, prove_node
+from moec.frontends.onnx.moe_ops import moe_nodes, prove_node
 from moec.frontends.onnx.prove import prove
 
 Prover = Callable[[Any, Sequence[Run]], Layer | Left]
@@ -35,7 +35,7 @@ def read(model: Any, feeds: Feeds, session_of: Any) -> Reading:
     """The layers of a graph. `feeds` are inputs to run it on, the one to solve first; `session_of(model)` runs it."""
     constants = Constants(model, session_of)
     flow = Flow(model.graph, constants)
-    found = Reading([], list(_within(model.graph)), [dict(feed) for feed in feeds])
+    found = Reading([], [], [dict(feed) for feed in feeds])
     left = _read(found, model, candidates(flow, constants), prove, feeds, session_of)
     nodes = moe_nodes(model.graph)
     wrong = _read(found, model, nodes, lambda one, runs: prove_node(one, constants, runs), feeds, session_of)
@@ -64,15 +64,6 @@ def _read(
             for kept, run in zip(found.runs, runs, strict=True):
                 kept.update({v.name: run[v.name] for v in _kept(proved) if v.name in run})
     return left
-
-
-def _within(graph: Any) -> Iterator[Left]:
-    """Choices in graphs that nodes run, which are not read."""
-    for node in graph:
-        for inner in graphs_of(node):
-            for one in inner.all_nodes():
-                if one.op_type in CHOICES or (one.domain == DOMAIN and one.op_type in MATRICES):
-                    yield Left(str(one.name or one.outputs[0].name), f"it is in a graph of {node.op_type}: not read")
 
 
 def _kept(layer: Layer) -> list[Any]:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from moec.errors import MoecError
 from moec.exporter.calls import Mark, call_marked
 from moec.exporter.marks import experts_mark, ffn_mark, translations
+from moec.exporter.wider import widen_first
 from moec.frontends.torch.lifted import Lifted
 
 
@@ -167,6 +168,7 @@ def trace(
         with marked(twin, layers, _node), torch.no_grad(), _silent(), _casts_to_itself():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=sizes, strict=False)
             _forget_bases(program)
+            widen_first(program)
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,

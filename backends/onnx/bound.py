@@ -61,6 +61,17 @@ def run_tensors(session: Any, given: Mapping[str, torch.Tensor]) -> list[torch.T
     return [torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs()]
 
 
+def run_in_order(session: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Results for inputs in the session's order, on the CPU; numpy, which `run` goes through, has no bf16."""
+    told = session.get_inputs()
+    if not any("bfloat16" in one.type for one in (*told, *session.get_outputs())):
+        return run(session, inputs)
+    found = run_tensors(session, {one.name: tensor for one, tensor in zip(told, inputs, strict=True)})
+    if found is None:
+        raise ValueError("inputs without elements, or of a type that is not handed over")
+    return [tensor.cpu() for tensor in found]
+
+
 def _run_empty(
     session: Any, given: Sequence[tuple[str, torch.Tensor]], outputs: Sequence[tuple[str, torch.Tensor]]
 ) -> None:

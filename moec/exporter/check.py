@@ -16,7 +16,7 @@ from moec.backends.onnx.bound import run_bound
 from moec.backends.onnx.form import Form
 from moec.backends.onnx.lower import region_model
 from moec.backends.onnx.providers import CPU
-from moec.backends.onnx.runtime import run, session
+from moec.backends.onnx.runtime import session
 from moec.exporter.probes import region_probes
 from moec.ir import Region
 from moec.verify import difference
@@ -82,37 +82,35 @@ def check_region(
     return check
 
 
-Probe = tuple[str, list[torch.Tensor]]
+@dataclass(frozen=True)
+class Met:
+    """What file and original make of one input."""
+
+    label: str
+    mine: list[torch.Tensor]
+    theirs: Sequence[torch.Tensor]
+    more: list[torch.Tensor]
+    """What the file gives beyond the original's results."""
 
 
-def check_model(
+def run_probes(
     original: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
-    after: Any,
-    probes: Sequence[Probe],
-    *,
-    quantized: bool,
-    outputs: int,
-) -> tuple[Check, list[tuple[str, list[torch.Tensor]]]]:
-    """The first `outputs` results of a session against the original's; also what the session gave beyond them."""
-    check = Check(bar=float("inf") if quantized else MODEL_BAR, loose=10.0)
-    more = []
+    after: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
+    probes: Sequence[tuple[str, list[torch.Tensor]]],
+) -> tuple[list[Met], str]:
+    """Both on each input that the original takes, and why that ended or could not begin; empty where it did not."""
+    met: list[Met] = []
     for label, inputs in probes:
         try:
             theirs = original(inputs)
         except Exception:  # the original refuses this size, so there is nothing to compare
             continue
         try:
-            mine = run(after, inputs)
-        except Exception as error:
-            check.why = check.why or f"{label}: {str(error).splitlines()[0][:200]}"
-            break
-        check.labels.append(label)
-        more.append((label, mine[outputs:]))
-        for a, b in zip(mine[:outputs], theirs, strict=True):
-            check.add(label, a, b)
-    if not check.labels and not check.why:
-        check.why = "the original runs at no other shape than the one it was traced with"
-    return check, more
+            mine = after(inputs)
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            return met, f"{label}: {str(error).splitlines()[0][:200]}"
+        met.append(Met(label, mine[: len(theirs)], theirs, mine[len(theirs) :]))
+    return met, "" if met else "the original runs at no other shape than the one it was traced with"
 
 
 def agreement(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> tuple[int, int]:

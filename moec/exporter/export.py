@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.backends.onnx.bound import run_tensors
 from moec.backends.onnx.own_moe import DOMAIN
-from moec.backends.onnx.providers import CPU, CUDA, check_installed, fast_providers, why_no_cuda
+from moec.backends.onnx.providers import CPU, CUDA, check_installed, fast_providers, providers_of, why_no_cuda
 from moec.backends.onnx.runtime import as_array, session
 from moec.bench import Effort, compare
 from moec.environment import machine, versions
@@ -26,10 +27,11 @@ from moec.exporter.files import check_target, least_runtime, save
 from moec.exporter.invent import sized
 from moec.exporter.onnx_file import Rewritten, rewrite
 from moec.exporter.probes import sampled
-from moec.exporter.result import ExportReport
+from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.exporter.slower import SLOWER
-from moec.exporter.torch_model import Written, write
+from moec.exporter.torch_model import write
+from moec.exporter.whole import Written
 from moec.jsontext import dumps
 from moec.progress import show_progress
 
@@ -99,7 +101,7 @@ def _export_file(source: Path, settings: Settings) -> ExportReport:
             notes=report.notes,
         )
         if made.home is None:
-            _load(settings.path, runner, made.made[0].feed, report)
+            _load(settings.path, lambda one: runner(one, made.made[0].feed), report)
         else:
             _load_apart(settings.path, made.made[0].feed, report)
     report.versions, report.machine = versions(), machine()
@@ -150,19 +152,23 @@ def finish(written: Written, settings: Settings, report: ExportReport) -> None:
     """Write the file, then load and time it."""
     report.opset = written.model.opset_imports[""]
     report.least_onnxruntime = least_runtime(report.opset, contrib=_contrib(written.model))
-    check = partial(_check_static, written, report) if settings.static else None
+    check = partial(_check_static, written, settings, report) if settings.static else None
     report.file_bytes = save(
         written.model, settings.path, _properties(report), external=settings.external_data, check=check
     )
-    _time(_load(settings.path, runner, _feed(written, written.tensors), report), written, settings, report)
+    if written.runs_on(providers_of(settings.target)):
+        runtime = _load(settings.path, lambda one: _caller(one, written, written.tensors), report)
+        _time(runtime, written, settings, report)
     report.versions, report.machine = versions(), machine()
 
 
-def _check_static(written: Written, report: ExportReport, path: Path) -> None:
+def _check_static(written: Written, settings: Settings, report: ExportReport, path: Path) -> None:
     """Every size of inputs and outputs is a number, and a process with nothing but ONNX Runtime runs it (MOEC704)."""
     for value in (*written.model.graph.inputs, *written.model.graph.outputs):
         if value.shape is None or not all(isinstance(size, int) for size in value.shape):
             raise MoecError("MOEC704", f"the sizes of {value.name} are not fixed: {value.shape}")
+    if not written.runs_on((CPU,)):
+        return
     try:
         report.peak_bytes = run_apart(path, _feed(written, written.tensors)).peak_bytes
     except RuntimeError as error:
@@ -188,27 +194,42 @@ def _properties(report: ExportReport) -> dict[str, str]:
     """What the file says about itself."""
     error = "not compared" if report.whole_model_error is None else f"{report.whole_model_error:.1e}"
     layers = [{"name": one.name, "written as": one.lowering, "error": one.max_error} for one in report.rewritten]
+    plan = [
+        {"layer": one.name, "written as": one.lowering or "as it was", "because": _because(one)}
+        for one in report.layers
+    ]
     return {
         "moec.version": versions().get("moec", "a checkout"),
         "moec.target": report.target,
         "moec.quantize": report.quantize or "none",
         "moec.least_onnxruntime": report.least_onnxruntime,
         "moec.execution_provider": CUDA if report.target == "cuda" and not why_no_cuda() else CPU,
-        "moec.verification": f"error {error} at {', '.join(report.whole_model_shapes)}",
+        "moec.verification": f"error {error} at {', '.join(report.whole_model_shapes)}{_compared(report)}",
         "moec.layers": dumps(layers),
+        "moec.plan": dumps(plan),
     }
 
 
-def _load(
-    path: Path, call: Callable[[Any, Any], Callable[[], Any]], feed: Mapping[str, Any], report: ExportReport
-) -> Any:
+def _because(layer: ExportedLayer) -> list[str]:
+    """Why a layer is written as it is: what was left alone, what was chosen between, what did not serve."""
+    return [told for told in (layer.reason, layer.choice, *layer.tried) if told]
+
+
+def _compared(report: ExportReport) -> str:
+    """With what a file in 16 bits was compared, and what stood in its place."""
+    own = report.original_error
+    told = "" if own is None else f", against fp32, from which the model itself is {own:.1e}"
+    return f"{told}; checked as {report.checked_as}" if report.checked_as else told
+
+
+def _load(path: Path, caller: Callable[[Any], Callable[[], Any]], report: ExportReport) -> Any:
     """How long loading takes and how much memory a run needs; the session."""
     before = _resident()
     start = time.perf_counter()
     providers = fast_providers(report.target)
     runtime = session(path, threads=torch.get_num_threads(), spinning=True, providers=providers)
     report.load_seconds = time.perf_counter() - start
-    call(runtime, feed)()
+    caller(runtime)()
     report.memory_bytes = max(0, _resident() - before)
     return runtime
 
@@ -221,9 +242,19 @@ def _time(runtime: Any, written: Written, settings: Settings, report: ExportRepo
             report.notes.append(f"not timed at {count} tokens: the sizes of the inputs are fixed")
             continue
         effort = Effort(seconds=settings.seconds)
-        after = runner(runtime, _feed(written, tensors))
+        after = _caller(runtime, written, tensors)
         pair = compare(lambda: written.original(tensors), after, effort)  # noqa: B023
         report.latency.append({"tokens": count, "before_ms": pair[0].median_ms, "after_ms": pair[1].median_ms})
+
+
+def _caller(runtime: Any, written: Written, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """A call of a session; numpy has no bf16, so where that goes in or comes out tensors are handed over."""
+    told = [*runtime.get_inputs(), *runtime.get_outputs()]
+    if not any("bfloat16" in one.type for one in told):
+        return runner(runtime, _feed(written, tensors))
+    known = {one.name for one in runtime.get_inputs()}
+    given = {name: tensor for name, tensor in zip(written.names, tensors, strict=True) if name in known}
+    return lambda: run_tensors(runtime, given)
 
 
 def _feed(written: Written, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from moec.backendbase import Weights
 from moec.backends.onnx.providers import providers_of
-from moec.exporter.check import check_region
+from moec.exporter.check import Check, check_region
 from moec.exporter.choose import fastest_first
 from moec.exporter.placed import Placed
 from moec.exporter.result import ExportedLayer
@@ -15,8 +16,19 @@ from moec.exporter.ways import Way, optimised, ways
 from moec.ir import Region
 
 
-def place(region: Region, weights: Weights, settings: Settings, layer: ExportedLayer, bar: float) -> Placed | None:
-    """The first way that passes its check, and what to write instead where it rests on more; None where none passes."""
+def place(
+    region: Region,
+    weights: Weights,
+    settings: Settings,
+    layer: ExportedLayer,
+    bar: float,
+    *,
+    also: Callable[[Way], Check] | None = None,
+) -> Placed | None:
+    """The first way that passes its check, and what to write instead where it rests on more; None where none passes.
+
+    `also` checks ways that keep the weights as they are once more, and its errors are reported.
+    """
     exact = optimised(region)
     best: Placed | None = None
     for way in _ordered(exact, weights, settings, layer):
@@ -27,6 +39,8 @@ def place(region: Region, weights: Weights, settings: Settings, layer: ExportedL
             layer.tried.append(f"{way.title}: {way.why_not}")
             continue
         check = check_region(exact, way.region, weights, way.form, bar, providers_of(settings.target))
+        if check.passed and also is not None and way.region == exact and not way.form.rounds_weights:
+            check = also(way)
         if not check.passed:
             layer.tried.append(f"{way.title}: {check.why}")
             continue

@@ -42,6 +42,10 @@ class ExportReport:
     layers: list[ExportedLayer] = field(default_factory=list)
     whole_model_error: float | None = None
     """The worst ||a-b|| / ||b|| over the outputs and over shapes that were not traced."""
+    original_error: float | None = None
+    """Of a model in 16 bits, how far it is itself from the same in fp32, which the file's errors are taken against."""
+    checked_as: str = ""
+    """In words, where not the file itself was checked."""
     whole_model_shapes: list[str] = field(default_factory=list)
     routing_agreement: float | None = None
     """The share of choices that the file makes as the original does."""
@@ -115,7 +119,10 @@ class ExportReport:
         parts = []
         if self.whole_model_error is not None:
             shapes = ", ".join(self.whole_model_shapes)
-            parts.append(f"whole model: error {number(self.whole_model_error)} at {shapes}")
+            own = "" if self.original_error is None else f" against fp32 (its own {number(self.original_error)})"
+            parts.append(f"whole model: error {number(self.whole_model_error)}{own} at {shapes}")
+        if self.checked_as:
+            parts.append(f"checked as {self.checked_as}")
         if self.routing_agreement is not None:
             parts.append(f"routing: {self.routing_agreement:.2%} of the choices agree")
         loaded = "" if self.load_seconds is None else f", loads in {self.load_seconds:.2f} s"

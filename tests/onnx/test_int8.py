@@ -14,7 +14,7 @@ from moec.exporter.check import check_region
 from moec.exporter.settings import Settings
 from moec.exporter.ways import optimised, ways
 from moec.ir import Region
-from tests.backends.running import Weights
+from tests.backends.running import DTYPES, Weights
 from tests.passes.layers import dense_layer, mixtral_layer
 
 FORMS: list[dict[str, Any]] = [
@@ -29,7 +29,7 @@ def store(region: Region) -> Any:
     """Random weights for every reference."""
     weights = Weights()
     for ref, type in region.weights.items():
-        tensor = torch.randn(type.evaluate({})) / max(1, type.shape[-1].evaluate({})) ** 0.5
+        tensor = (torch.randn(type.evaluate({})) / max(1, type.shape[-1].evaluate({})) ** 0.5).to(DTYPES[type.dtype])
         many = "order" in str(region) or type.rank == 3
         weights.stacked(ref, tensor) if many else weights.dense(ref, tensor)
     return weights.store()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,12 @@ def _may_count(param: nn.Parameter) -> bool:
     return small and param.detach().clone().stride() == param.stride()
 
 
-def make_twin(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are the model's own objects.
+def make_twin(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
+    """A deep copy whose parameters and buffers are the model's own objects, or what `change` makes of them.
 
     Raises MoecError (MOEC210) when the model cannot be copied.
     """
-    shared = {id(t): t for t in _tensors(model)}
+    shared = {id(t): t if change is None else _changed(t, change) for t in _tensors(model)}
     try:
         return copy.deepcopy(model, shared)
     except MoecError:
@@ -44,6 +44,14 @@ def make_twin(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
             hint="pass inplace=True to compile the model itself instead of a twin",
         ) from error
+
+
+def _changed(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The tensor itself where nothing changes; a parameter stays one."""
+    found = change(tensor)
+    if found is tensor or not isinstance(tensor, nn.Parameter):
+        return found
+    return nn.Parameter(found.detach(), requires_grad=tensor.requires_grad)
 
 
 def make_probe(model: nn.Module) -> nn.Module:

@@ -42,25 +42,53 @@ def check_replaced(
             raise NotLifted(f"{entry.name} around the experts' products would be lost")
 
 
-def check_direct(log: Log, site: Site, params: Collection[str], named: Collection[int]) -> None:
-    """Refuse to replace a whole call that does more than the formula."""
+class WritesOutside(NotLifted):
+    """A call writes into what existed before it."""
+
+
+def check_direct(
+    log: Log, site: Site, params: Collection[str], named: Collection[int], idle: Collection[int] = ()
+) -> None:
+    """Refuse to replace a whole call that does more than the formula; `idle` are writes that change nothing."""
     assert isinstance(site.result, Ref)
-    check_writes(log, site.start, site.end, site.label)
+    check_writes(log, site.start, site.end, site.label, idle)
     check_replaced(log, (site.result.slot, site.end), range(site.start, site.end), named, params, site.start)
     looked = reads_owned(log, site.start, site.end, site.label)
     if looked:
         raise NotLifted(looked)
 
 
-def check_writes(log: Log, start: int, end: int, label: str) -> None:
-    """Refuse a call that writes into anything that existed before it."""
+def idle_clamps(log: Log, site: Site, ids: int, experts: int) -> frozenset[int]:
+    """Entries of a call that clamp the ids it is given, in place, to a range that holds all E experts.
+
+    Ids of experts are what they were then. Other ids are no business of a layer whose calls look at theirs.
+    """
+    given, found = log.tensors[ids], set()
+    for entry in log.entries[site.start : site.end]:
+        if entry.name != "clamp_" or entry.kwargs or len(entry.args) != 3 or len(entry.writes) != 1:
+            continue
+        written, (_, lowest, highest) = entry.writes[0], entry.args
+        at = log.tensors[written]
+        # A view of just the ids: what else lies in their memory may be anything.
+        theirs = log.storages[written] == log.storages[ids] and at.is_contiguous() and given.is_contiguous()
+        theirs = theirs and (at.numel(), at.storage_offset()) == (given.numel(), given.storage_offset())
+        numbers = all(type(bound) in (int, type(None)) for bound in (lowest, highest))
+        if theirs and numbers and (lowest or 0) <= 0 and (highest is None or highest >= experts - 1):
+            found.add(entry.index)
+    return frozenset(found)
+
+
+def check_writes(log: Log, start: int, end: int, label: str, idle: Collection[int] = ()) -> None:
+    """Refuse a call that writes into anything that existed before it; `idle` are writes that change nothing."""
     own: set[int] = set()
     for entry in log.entries[start:end]:
+        if entry.index in idle:
+            continue
         known = {log.storages[slot] for slot in entry.reads}
         for slot in entry.writes:
             if log.storages[slot] not in own:
                 name = log.param_of(slot)
-                raise NotLifted(f"{label} writes into " + (repr(name) if name else "a tensor it did not make"))
+                raise WritesOutside(f"{label} writes into " + (repr(name) if name else "a tensor it did not make"))
         own |= {log.storages[slot] for slot in entry.results} - (known - own)
 
 

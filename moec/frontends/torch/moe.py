@@ -16,6 +16,7 @@ from moec.frontends.torch.body import build_body
 from moec.frontends.torch.direct import fit_roles
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.drawn import with_effects
+from moec.frontends.torch.dropped import WritesOutside
 from moec.frontends.torch.instances import NotLifted, Unsuited, find_instances
 from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lifted import Lifted
@@ -82,15 +83,21 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
             tuple(mask for inst in instances for mask in inst.masks),
         )
 
-    reading = read(log)
+    reading, written = read(log), None
     for site in _sites(log, reading):
         roles = fit_roles(log, site, reading.body, params, routed=True)
         if roles is not None:
-            return lift_submodule(log, site, roles, reading, params, read)
+            try:
+                return lift_submodule(log, site, roles, reading, params, read)
+            except WritesOutside as reason:  # the block that it is called in may own what it writes to
+                written = reason
+                break
     observed = cache(partial(observe_experts, driver, read))
     try:
         return analyse_slice(observed, params, solve_routed)
     except NotLifted as reason:
+        if written is not None:
+            raise written from reason
         first = reason
     try:
         return _by_places(log, reading, params, read, observed)

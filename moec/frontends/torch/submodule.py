@@ -16,7 +16,7 @@ from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, steering_reads, tensors_of
-from moec.frontends.torch.dropped import check_direct
+from moec.frontends.torch.dropped import check_direct, idle_clamps
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import understood
@@ -49,7 +49,9 @@ def lift_submodule(
     bound = binder(site.args, site.kwargs)
     # The choice of experts is read by any loop over them; dense weights are a choice too.
     values = [roles.x, roles.weights] if roles.form != "dense" and roles.weights is not None else [roles.x]
-    check_direct(log, site, body.params, reading.entries)
+    chosen = bound[roles.selector].slot if roles.form in ("indices", "unit") and roles.selector is not None else None
+    idle = frozenset() if chosen is None else idle_clamps(log, site, chosen, body.experts)
+    check_direct(log, site, body.params, reading.entries, idle)
     steered = steering_reads(log, site, [bound[name].slot for name in values])
     if steered:
         raise NotLifted(steered)
@@ -57,7 +59,7 @@ def lift_submodule(
     maker = Maker(roles, {**bound, **tensors_of(log, bound, site.start)}, body)
     roles = _told_apart(site, maker, params)
     maker = replace(maker, roles=roles)
-    body, full = _every_expert(site, maker, body, read)
+    body, full = _every_expert(site, maker, body, read, roles.selector if idle else None)
     ids, identities = understood(getattr(site.module, site.method), maker, params)
     body = replace(body, identities=identities)
     maker = replace(maker, body=body)
@@ -144,8 +146,13 @@ def _evidence(site: Site, roles: Roles, body: Body) -> tuple[str, ...]:
     )
 
 
-def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading]) -> tuple[Body, Log]:
-    """Run the call with every expert chosen and unify them all; its effects refuse it."""
+def _every_expert(
+    site: Site, maker: Maker, body: Body, read: Callable[[Log], Reading], clamped: str | None
+) -> tuple[Body, Log]:
+    """Run the call with every expert chosen and unify them all; its effects refuse it.
+
+    It may write to the ids called `clamped`, if they stay what they are.
+    """
     count = max(2, -(-body.experts // maker.roles.slots))
     x = maker.template[maker.roles.x]
     shape = shape_for(x.dim(), count + count % 2, body.inputs)
@@ -156,13 +163,17 @@ def _every_expert(site: Site, maker: Maker, body: Body, read: Callable[[Log], Re
     experts = routing(count, maker.roles.slots, body.experts, 0, "round robin").to(x.device)
     made = maker(rows, experts, torch.rand(experts.shape, device=x.device) + 0.1)
     args, kwargs = Binder(getattr(site.module, site.method)).unbind(made)
-    watch = Watch(site.module, [t for t in made.values() if isinstance(t, torch.Tensor)], hear=True)
+    given = [t for name, t in made.items() if isinstance(t, torch.Tensor) and name != clamped]
+    kept = [] if clamped is None else [(made[clamped], made[clamped].clone())]
+    watch = Watch(site.module, given, hear=True)
     try:
         with users_code(site.label):
             log = record(site.module, args, kwargs, path=site.path, method=site.method)
         effects = watch.changes()
     finally:
         watch.undo()
+    if not all(torch.equal(ids, before) for ids, before in kept):
+        effects = ["changes its input in place"]
     if effects:
         raise NotLifted(f"{site.label} {effects[0]}")
     full = read(log)

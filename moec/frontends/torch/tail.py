@@ -5,6 +5,7 @@ R rows, N outputs of an expert.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ import torch
 
 from moec.frontends.torch.activation import constants
 from moec.frontends.torch.coordinates import MOVES
+from moec.frontends.torch.extent import Extent
 from moec.frontends.torch.instances import Instance, NotLifted
 from moec.frontends.torch.linears import view_of
-from moec.frontends.torch.oplog import HOST_READ, Entry, Log
+from moec.frontends.torch.oplog import HOST_READ, Log
 from moec.frontends.torch.replay import replay
 from moec.weights import View
 
@@ -75,21 +77,28 @@ def with_tail(log: Log, instance: Instance, params: dict[str, torch.Tensor], axi
 def find_tail(log: Log, instance: Instance, params: dict[str, torch.Tensor], width: int) -> Tail | None:
     """The tail of an instance, None where it mixes no row."""
     start = (instance.down or instance.ups[-1]).last
-    known, own, vectors = {instance.out}, [], []
+    known, own, vectors = {instance.out}, list[int](), list[View]()
     end = instance.out
     made_here: set[int] = set()
-    for entry in _followers(log, instance.out, start):
+    todo, asked = [e.index for e in log.consumers(instance.out)], set[int]()
+    while todo:  # in the order of the run; what reads a value that is no part of the tail is none either
+        entry = log.entries[heapq.heappop(todo)]
+        if entry.index <= start or entry.index in asked:
+            continue
+        asked.add(entry.index)
         others = [s for s in entry.reads if s not in known]
-        behind = {s: log.closure([(s, entry.index)], start=start + 1) for s in others}
-        if entry.op == HOST_READ or not all(_is_fixed(log, s, behind[s]) for s in others):
+        behind = [_fixed(log, s, entry.index, start + 1) for s in others] if entry.op != HOST_READ else [None]
+        if None in behind or {log.storages[s] for s in entry.writes} - made_here:
             continue
-        if {log.storages[s] for s in entry.writes} - made_here:
-            continue
-        known.update(entry.results)
+        computing = {entry.index}.union(*(found for found in behind if found))
+        for slot in entry.results:
+            if slot not in known:
+                known.add(slot)
+                for reader in log.consumers(slot):
+                    heapq.heappush(todo, reader.index)
         made_here |= {log.storages[s] for s in entry.results} - {log.storages[s] for s in entry.reads}
-        own += [entry.index, *(i for found in behind.values() for i in found)]
-        computing = {i for i in {entry.index}.union(*behind.values()) if log.entries[i].name not in MOVES}
-        for index in sorted(computing):
+        own += computing
+        for index in sorted(i for i in computing if log.entries[i].name not in MOVES):
             vectors += [v for s in log.entries[index].reads if (v := view_of(log, s, params)) is not None]
         made = log.tensors[entry.results[0]] if entry.results else None
         if made is not None and made.numel() == log.tensors[instance.out].numel() and made.shape[-1] == width:
@@ -101,23 +110,29 @@ def find_tail(log: Log, instance: Instance, params: dict[str, torch.Tensor], wid
     return Tail(tuple(sorted({i for i in own if i <= (log.producer(end) or 0)})), end, tuple(dict.fromkeys(vectors)))
 
 
-def _followers(log: Log, slot: int, after: int) -> Iterator[Entry]:
-    """Entries behind `after` that read the tensor, or what those make, in order."""
-    reached = {slot}
-    for entry in log.entries[after + 1 :]:
-        if reached.intersection(entry.reads):
-            reached.update(entry.results)
-            yield entry
-        if len(reached) > 64:  # the rest of the block, not an expert's own operations
-            return
-
-
-def _is_fixed(log: Log, slot: int, behind: set[int]) -> bool:
-    """Whether a value is made of parameters and numbers alone."""
-    leaves = {s for i in behind for s in log.entries[i].reads if log.producer(s) not in behind} or {slot}
-    return not any(log.entries[i].op == HOST_READ or log.entries[i].writes for i in behind) and all(
+def _fixed(log: Log, slot: int, at: int, start: int) -> set[int] | None:
+    """The entries from `start` on that make a value of parameters and numbers alone; None where it is made of more."""
+    behind: set[int] = set()
+    leaves: set[int] = set()
+    todo: list[tuple[int, int, Extent | None]] = [(slot, at, None)]
+    while todo:
+        current, moment, within = todo.pop()
+        if any(i >= start for i in log.writers(current, moment, within)):
+            return None
+        made = log.producer(current)
+        if made is None or not start <= made < moment:
+            leaves.add(current)
+        elif made not in behind:
+            entry, part = log.entries[made], within or log.extent(current)
+            if entry.op == HOST_READ or entry.writes:
+                return None
+            behind.add(made)
+            # Of what a view is taken from, only the part that the view shows matters.
+            todo += [(s, made, part if log.storages[s] == log.storages[current] else None) for s in entry.reads]
+    fixed = all(
         log.param_of(s) is not None or (log.tensors[s].numel() == 1 and log.producer(s) is None) for s in leaves
     )
+    return behind if fixed and leaves else None
 
 
 def name_tail(log: Log, instance: Instance, read: Sequence[torch.Tensor], axis: int = -1) -> tuple[Norm, Places]:

@@ -149,19 +149,28 @@ def _graphed(lifted: Lifted, region: Region, backend: str, executable: Executabl
     found = graphed(lifted.name, lifted.call, region, backend, options.pack, WeightStore(lifted.module, lifted.views))
     if found is None:
         return "its cut has no form there"
-    for probe in islice(lifted.probes(), _GRAPH_PROBES if options.verify else 0):
-        try:
-            with torch.no_grad():
-                theirs = lifted.call(lifted.module, executable, probe.args, probe.kwargs)
-                mine = found.run(lifted.module, "", probe.args, probe.kwargs)
-        except Exception as error:  # operations of the user's, in another order
-            return f"{type(error).__name__}: {error}"
-        finally:
-            forget(found.params(lifted.module))
-        gap = compare_results(mine, theirs)
-        if gap.mismatch or gap.l2 > bar_for(lifted.dtype, lifted.longest):
-            return f"it differs at {probe.label}: {gap.mismatch or f'error {gap.l2:.1e}'}"
+    try:
+        for probe in islice(lifted.probes(), _GRAPH_PROBES if options.verify else 0):
+            why = _differs_in_graphs(lifted, found, executable, probe)
+            if why:
+                return why
+    finally:
+        forget(found.params(lifted.module))
     return found
+
+
+def _differs_in_graphs(lifted: Lifted, found: Graphed, executable: Executable, probe: Probe) -> str:
+    """How the layer as it stands in graphs differs from the executable at the probe; empty if it does not."""
+    try:
+        with torch.no_grad():
+            theirs = lifted.call(lifted.module, executable, probe.args, probe.kwargs)
+            mine = found.run(lifted.module, "", probe.args, probe.kwargs)
+    except Exception as error:  # operations of the user's, in another order
+        return f"{type(error).__name__}: {error}"
+    gap = compare_results(mine, theirs)
+    if gap.mismatch or gap.l2 > bar_for(lifted.dtype, lifted.longest):
+        return f"it differs at {probe.label}: {gap.mismatch or f'error {gap.l2:.1e}'}"
+    return ""
 
 
 def _serves_training(lifted: Lifted, layer: LayerReport) -> bool:

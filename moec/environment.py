@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from importlib import metadata
@@ -39,7 +40,12 @@ _FEATURES = {
 
 def versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that matter to moec; what is not installed is absent."""
-    found = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **_packages()}
+
+
+@functools.cache  # reading what is installed takes 10 ms, and every report has it
+def _packages() -> dict[str, str]:
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -104,6 +104,12 @@ _FUNCTIONS: dict[str, Callable[..., Dim]] = {"floordiv": floordiv, "ceildiv": ce
 
 def print_dim(size: Dim) -> str:
     """The shortest text this module knows for the size; reading it gives the same size."""
+    if len(size.terms) == 1:  # a number or a letter, as most sizes are
+        ((monomial, coefficient),) = size.terms
+        if not monomial:
+            return str(coefficient)
+        if coefficient == 1 and len(monomial) == 1 and monomial[0][1] == 1 and isinstance(monomial[0][0], str):
+            return monomial[0][0]
     rest = size
     special: list[tuple[Fraction, str]] = []
     for monomial, coefficient in size.terms:

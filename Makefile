@@ -62,7 +62,7 @@ test-legacy: $(STAMP) $(LEGACY)/4.46/.installed $(LEGACY)/4.57/.installed ## MoE
 THIRDPARTY := .thirdparty
 THIRDPARTY_PACKAGES := mixture-of-experts==0.2.3 st-moe-pytorch==0.1.8 soft-moe-pytorch==0.1.9 PEER-pytorch==0.2.2 \
 	fairscale==0.4.13 deepspeed==0.19.8 deepctr-torch==0.3.0 torch-rechub==0.9.0 pytorch-mixtures==0.1.5 \
-	switch-transformers==0.0.4 litgpt==0.5.13
+	switch-transformers==0.0.4 litgpt==0.5.13 onnxruntime-genai==0.18.0
 THIRDPARTY_NEEDS := einops==0.8.1 einx==0.3.0 frozendict==2.4.7 beartype==0.22.9 CoLT5-attention==0.11.1 local-attention==1.11.2 \
 	hyper-connections==0.4.7 absl-py==2.3.1 pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 tzdata==2025.2 six==1.17.0 \
 	lightning==2.6.1 pytorch-lightning==2.6.1 lightning-utilities==0.15.2 torchmetrics==1.8.2 jsonargparse==4.41.0 psutil==7.2.2 \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def _read(model: Any, path: Path) -> Feed:
 def _invent(value: Any, first: int, rest: int, sizes: dict[str, int], generator: np.random.Generator) -> Any:
     if value.shape is None or value.dtype is None:
         raise MoecError("MOEC708", f"the input {value.name} has no type or no rank", hint="hand one over with --inputs")
+    for axis, size in _cache_sizes(value).items():
+        if not isinstance(value.shape[axis], int) and value.shape[axis].value:
+            sizes.setdefault(value.shape[axis].value, size)
     shape = [_size(size, axis, first, rest, sizes) for axis, size in enumerate(value.shape)]
     if math.prod(shape) > MOST:
         raise MoecError("MOEC708", f"the input {value.name} has {math.prod(shape)} elements", hint="use --inputs")
@@ -76,9 +80,43 @@ def _size(size: Any, axis: int, first: int, rest: int, sizes: dict[str, int]) ->
     if isinstance(size, int):
         return size
     name = size.value or f"axis {axis}"
+    if name not in sizes and " + " in name:  # what came before, and what comes now
+        parts = [part.strip() for part in name.split("+")]
+        return sum(int(p) if p.isdecimal() else _size(_Named(p), axis, first, rest, sizes) for p in parts)
     if name not in sizes:
-        sizes[name] = first if axis == 0 and not sizes else rest
+        sizes[name] = 0 if name.startswith("past") else first if axis == 0 and not sizes else rest
     return sizes[name]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A size by its name."""
+
+    value: str
+
+
+def _cache_sizes(value: Any) -> dict[int, int]:
+    """Sizes of a cache of keys or values by axis, where the op that reads it tells them."""
+    for node, index in value.uses():
+        if node.op_type == "GroupQueryAttention" and index in (3, 4):
+            heads, pairs = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+            width, packed = _width(node.inputs[0]), node.inputs[1] is None
+            return {3: width // (heads + 2 * pairs if packed else heads)} if width else {}
+    return {}
+
+
+def _width(value: Any) -> int | None:
+    """The last size of a value, from its shape or from the weights that it is a product with or a sum of."""
+    for _ in range(4):
+        if value.const_value is not None:
+            return int(value.const_value.shape[-1])
+        if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int):
+            return int(value.shape[-1])
+        node = value.producer()
+        if node is None or node.op_type not in ("MatMul", "Add"):
+            return None
+        value = node.inputs[1]
+    return None
 
 
 def _vocabulary(value: Any) -> int:

@@ -6,13 +6,15 @@ E experts, N outputs, C inputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
 from moec.frontends.onnx.constants import Constants
 from moec.frontends.onnx.store import Bank
+
+CLAMPS = ("Clip", "Min", "Max")
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,32 @@ class Found:
     biases: tuple[Bank, ...]
     """[E, a] each."""
     scalars: tuple[float, ...]
-    clamps: bool
-    """Whether something is clamped in the region."""
+    limits: tuple[float, ...]
+    """Those of them that something is clamped at."""
 
 
 def expert_weights(nodes: Sequence[Any], read: Constants, experts: int) -> Found:
     """The constants of `nodes` that can be told apart by expert. `experts` is the least number there may be."""
     values = [value for value in read.of(nodes) if read.is_float(value)]
     three = [v for v in values if len(read.shape(v)) == 3 and read.shape(v)[0] >= experts]
-    scalars = tuple(float(read.tensor(v)) for v in values if read.shape(v) in ((), (1,)))
-    clamps = any(node.op_type in ("Clip", "Min", "Max") for node in nodes)
+    scalars = _scalars(values, read)
+    limits = limits_of(nodes, read)
     if three:
         count = read.shape(three[0])[0]
         two = [v for v in values if len(read.shape(v)) in (2, 3) and read.shape(v)[0] == count and _is_bias(read, v)]
         same = [v for v in three if read.shape(v)[0] == count and v not in two]
         biases = tuple(read.tensor(v).reshape(count, -1) for v in two)
-        return Found(tuple(map(read.tensor, same)), biases, scalars, clamps)
-    return Found(_lists(values, read, 2, experts), _lists(values, read, 1, experts), scalars, clamps)
+        return Found(tuple(map(read.tensor, same)), biases, scalars, limits)
+    return Found(_lists(values, read, 2, experts), _lists(values, read, 1, experts), scalars, limits)
+
+
+def limits_of(nodes: Iterable[Any], read: Constants) -> tuple[float, ...]:
+    """The numbers that nodes clamp at."""
+    return _scalars([value for value in read.of(n for n in nodes if n.op_type in CLAMPS) if read.is_float(value)], read)
+
+
+def _scalars(values: Sequence[Any], read: Constants) -> tuple[float, ...]:
+    return tuple(float(read.tensor(v)) for v in values if read.shape(v) in ((), (1,)))
 
 
 def _is_bias(read: Constants, value: Any) -> bool:

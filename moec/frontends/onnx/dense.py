@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moec.frontends.onnx.banks import Found
+from moec.frontends.onnx.banks import Found, limits_of
 from moec.frontends.onnx.candidates import is_float
 from moec.frontends.onnx.constants import Constants
 from moec.frontends.onnx.layer import Layer, Left, Run, element
@@ -149,7 +149,7 @@ def _found(one: Ffn, read: Constants) -> Found:
     rest = [value for value in read.of(nodes) if read.is_float(value) and len(read.shape(value)) < 2]
     biases = tuple(read.tensor(v).unsqueeze(0) for v in rest if read.shape(v) not in ((), (1,)))
     scalars = tuple(float(read.tensor(value)) for value in rest if read.shape(value) in ((), (1,)))
-    return Found(matrices, biases, scalars, any(node.op_type in ("Clip", "Min", "Max") for node in nodes))
+    return Found(matrices, biases, scalars, limits_of(nodes, read))
 
 
 def _recorded(one: Ffn, run: Run) -> Recorded | None:

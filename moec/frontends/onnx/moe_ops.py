@@ -129,7 +129,7 @@ def _found(one: MoeNode, read: Constants) -> Found:
     biases = tuple(bank for bank in _held(one, read, BIASES[kind]) if bool(bank.any()))
     limit = one.number("swiglu_limit", math.inf)
     numbers = [one.number("activation_alpha", 1.0), one.number("activation_beta", 0.0)]
-    return Found(matrices, biases, tuple(n for n in (*numbers, limit) if math.isfinite(n)), math.isfinite(limit))
+    return Found(matrices, biases, tuple(numbers), (limit,) if math.isfinite(limit) else ())
 
 
 def _held(one: MoeNode, read: Constants, places: Sequence[int]) -> Iterator[torch.Tensor]:

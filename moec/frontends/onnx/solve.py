@@ -144,7 +144,7 @@ def activations(body: Body, found: Found) -> Iterator[Activation]:
     layouts: Sequence[str] = ("pair", "pair_up_first") if body.w_up is not None else LAYOUTS
     if body.w_up is None and rows == hidden:
         layouts = ("none",)
-    limits = sorted({abs(number) for number in found.scalars if abs(number) > 0.01}) if found.clamps else []
+    limits = sorted({abs(number) for number in found.limits if abs(number) > 0.01})
     slopes = [1.0, *sorted({number for number in found.scalars if 1 < number < 8})]
     shifts = [0.0, 1.0] if 1.0 in found.scalars else [0.0]
     for limit in (*limits, None):

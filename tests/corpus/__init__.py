@@ -7,6 +7,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     combine,
     dense_ffn,
     effects,
+    expert_choice,
     experts,
     hand_written,
     masked,

@@ -45,7 +45,16 @@ def relu_mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
 
-MODULE_BODIES: dict[str, Callable[[int, int], nn.Module]] = {"swiglu": Swiglu, "gelu": GeluMlp, "relu": relu_mlp}
+def bare_relu(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False))
+
+
+MODULE_BODIES: dict[str, Callable[[int, int], nn.Module]] = {
+    "swiglu": Swiglu,
+    "gelu": GeluMlp,
+    "relu": relu_mlp,
+    "bare_relu": bare_relu,
+}
 
 
 def softmax_topk_renorm(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ EVERY = (
     Layer("pytorch-mixtures TopkMoE", "loop over a list", partial(layers.mixtures, "TopkMoE"), layers.sequences),
     Layer(
         "pytorch-mixtures ExpertChoiceMoE", "expert choice", partial(layers.mixtures, "ExpertChoiceMoE"),
-        layers.sequences, 0, reason="no tensors x",
+        layers.sequences, form="the tokens it chose",
     ),
     Layer(
         "switch-transformers", "dense, gates normalised over the batch, prints", layers.switch, layers.rows, 0,

@@ -15,6 +15,7 @@ import torch
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.direct import Roles, spread_over
+from moec.frontends.torch.expertchoice import CHOSEN, by_expert, check
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.places import Places
@@ -161,6 +162,43 @@ class PlacedCall:
 
 
 @dataclass(frozen=True)
+class ChosenCall:
+    """A call whose arguments are x, the tokens that each expert chose, and their weights."""
+
+    binder: Binder
+    x_name: str
+    tokens_name: str
+    weights_name: str
+    others: Mapping[str, Any]
+    form: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    experts: int
+    inputs: int
+    rank: int
+    distinct: bool
+    """An expert that has a token twice was not verified, or does something else with it than to add."""
+    ids: Ids | None = None
+
+    def __call__(
+        self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        bound = self.binder(args, kwargs)
+        x = _check(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
+        tokens, weights = (bound.pop(name, None) for name in (self.tokens_name, self.weights_name))
+        _check_others(bound, self.others)
+        if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise Unusual("the tokens that experts choose are not given as integers")
+        if not isinstance(weights, torch.Tensor) or weights.dtype != self.weight_dtype:
+            raise Unusual(f"the weights are no tensor of {self.weight_dtype}")
+        rows = x.reshape(-1, self.inputs)
+        chosen, weights = by_expert(self.form, tokens, weights, self.experts)
+        check(chosen, rows.shape[0], distinct=self.distinct)
+        (y,) = executable(rows, chosen, weights)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
 class SlicedCall:
     """A block whose own operations run before and after the experts."""
 
@@ -196,7 +234,7 @@ class SlicedCall:
             if self.ids is not None:
                 self.ids.check(selector)
             selector = spread_over(selector, x.shape[:-1]) if self.spread else selector
-            chosen, weights = FORMS[self.form](selector, weights, rows.shape[0], self.experts, self.num_slots)
+            chosen, weights = self._routing(selector, weights, rows.shape[0])
             (y,) = executable(rows, chosen, weights if self.scale == 1 else weights * self.scale)
         if self.places is None:
             y = y.reshape(y_shape)
@@ -204,6 +242,15 @@ class SlicedCall:
             y = self.places.back(y, self.places.shape(x.shape, self.experts, y.shape[-1]))
         # A block that hands its input back hands back that very tensor.
         return s.from_experts(module, dims, even, y.to(s.y_dtype), *carried, given)
+
+    def _routing(self, selector: torch.Tensor, weights: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the experts take: experts and weights [T, K], or tokens and weights [E, C]. Raises Unusual."""
+        assert self.form is not None
+        if self.form not in CHOSEN:
+            return FORMS[self.form](selector, weights, tokens, self.experts, self.num_slots)
+        chosen, weights = by_expert(self.form, selector, weights, self.experts)
+        check(chosen, tokens, distinct=False)  # that none comes twice was proved of the code that gives them
+        return chosen, weights
 
     @functools.cached_property
     def _takes_one(self) -> bool:

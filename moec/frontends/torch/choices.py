@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moec.frontends.torch.direct import spread_over, spreads
+from moec.frontends.torch.expertchoice import CHOSEN, forms, slots_of
 from moec.frontends.torch.routing import FORMS
 
 _MOST_SLOTS = 64
@@ -54,6 +55,15 @@ def routings(candidates: Sequence[Value], x: Value, tokens: int, experts: int) -
             yield "dense", None, w, max(1, int((w.value.reshape(tokens, experts) != 0).sum(-1).max()))
 
 
+def choices_of_experts(candidates: Sequence[Value], x: Value, tokens: int, experts: int) -> Iterator[Routing]:
+    """(form, ids of tokens, weights, C) that fit by shape and range where experts choose tokens."""
+    for i in candidates:
+        for form in forms(i.value, experts, tokens):
+            for w in candidates:
+                if w is not x and w.value.is_floating_point() and w.value.numel() == i.value.numel():
+                    yield form, i, w, i.value.numel() // experts
+
+
 def _alone(
     candidates: Sequence[Value], pool: Sequence[Value], x: Value, tokens: int, experts: int
 ) -> Iterator[Routing]:
@@ -89,6 +99,8 @@ def routing_of(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     try:
         given = weights.value if weights is not None else rows
+        if form in CHOSEN:
+            return slots_of(form, None if selector is None else selector.value, given, tokens, experts)
         return FORMS[form](None if selector is None else selector.value, given, tokens, experts, num_slots)
     except ValueError:
         return None

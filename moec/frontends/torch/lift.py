@@ -20,6 +20,7 @@ from moec.ir import (
     Builder,
     Combine,
     Constant,
+    Dim,
     Gather,
     Glu,
     Group,
@@ -175,6 +176,22 @@ def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtyp
         same = IdentityRows(x, experts, given, first=body.experts, count=body.identities)
         y = b.add(Add(y, b.add(same, name="same")), name="y")
     return b.build(y)
+
+
+def lift_chosen(name: str, body: Body, *, dtype: str, weight_dtype: str, on_input: bool) -> Region:
+    """Expert choice: a region with inputs x [T, D], tokens i32 [E, C], weights [E, C] and one output [T, O]."""
+    lifter = _Lifter(name, body, dtype)
+    b = lifter.builder
+    x = b.input("x", Tensor.of(dtype, "T", body.inputs))
+    tokens = b.input("tokens", Tensor.of("i32", body.experts, "C"))
+    weights = b.input("weights", Tensor.of(weight_dtype, body.experts, "C"))
+    order, offsets = b.add_many(Group(tokens, experts=body.experts, by="expert"), ("order", "offsets"))
+    rows = b.add(Gather(x, order, k=1), name="rows")
+    if on_input:
+        rows = b.add(ScaleRows(rows, order, weights, by="expert"), name="scaled")
+        weights = b.add(Constant(value=1.0, type=weights.type), name="ones")
+    out = lifter.expert(rows, offsets)
+    return b.build(b.add(Combine(out, order, weights, by="expert", tokens=Dim.of("T")), name="y"))
 
 
 def lift_dense(name: str, body: Body, *, dtype: str) -> Region:

@@ -13,6 +13,7 @@ import torch
 from moec.frontends.torch.banks import unify
 from moec.frontends.torch.batched import read_batched, read_products
 from moec.frontends.torch.body import build_body
+from moec.frontends.torch.chosen import fit_choice, lift_choice
 from moec.frontends.torch.direct import fit_roles
 from moec.frontends.torch.discover import Candidate
 from moec.frontends.torch.drawn import with_effects
@@ -25,7 +26,7 @@ from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.placed import fit_places, lift_placed
 from moec.frontends.torch.routedslice import Reading, Seen, Unsolved, analyse_slice, observe_experts
-from moec.frontends.torch.solve import solve_routed
+from moec.frontends.torch.solve import solve_chosen, solve_routed
 from moec.frontends.torch.solveplaced import solve_placed
 from moec.frontends.torch.submodule import lift_submodule
 from moec.frontends.torch.tail import with_tail
@@ -92,17 +93,25 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
             except WritesOutside as reason:  # the block that it is called in may own what it writes to
                 written = reason
                 break
+        choice = fit_choice(log, site, reading.body, params)
+        if choice is not None:
+            return lift_choice(log, site, choice, reading, params, read)
     observed = cache(partial(observe_experts, driver, read))
-    try:
-        return analyse_slice(observed, params, solve_routed)
-    except NotLifted as reason:
-        if written is not None:
-            raise written from reason
-        first = reason
-    try:
-        return _by_places(log, reading, params, read, observed)
-    except NotLifted as reason:
-        raise first if isinstance(reason, Unsolved) or not isinstance(first, Unsolved) else reason from None
+    attempts: tuple[Callable[[], Lifted], ...] = (
+        partial(analyse_slice, observed, params, solve_routed),
+        partial(_by_places, log, reading, params, read, observed),
+        partial(analyse_slice, observed, params, solve_chosen),
+    )
+    reasons: list[NotLifted] = []
+    for attempt in attempts:
+        try:
+            return attempt()
+        except NotLifted as reason:
+            if written is not None:
+                raise written from reason
+            reasons.append(reason)
+    # How far a cut came says more than that none holds the formula.
+    raise next((reason for reason in reasons if not isinstance(reason, Unsolved)), reasons[0])
 
 
 def _by_places(

@@ -10,6 +10,7 @@ import torch
 
 from moec.frontends.torch.body import Body
 from moec.frontends.torch.drawn import with_effects
+from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.instances import NotLifted, check_masks
 from moec.frontends.torch.items import Blocks, split
 from moec.frontends.torch.lifted import Lifted
@@ -85,6 +86,7 @@ def _slice(
     if solution.identities:
         name = f"{name}, tokens without an expert as they are,"
     how = solution.places.text() if solution.places is not None else f"{solution.num_slots} per token"
+    how = "each chooses its tokens" if solution.form in CHOSEN else how
     evidence = (
         f"{name} sliced: its own operations, the experts, its own operations; routing given as {solution.form}",
         f"{body.experts} experts, all of them seen at work and unified; {how}",

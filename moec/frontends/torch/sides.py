@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.expertchoice import slots_of
 from moec.frontends.torch.instances import NotLifted
 
 Ask = Callable[[torch.Tensor], torch.Tensor]
@@ -38,6 +39,32 @@ def on_input_by_sign(
 
     Raises NotLifted when the code cannot be asked, or its answer is neither reading's.
     """
+    return _asked(body, params, rows, weights, lambda signed: (experts, signed), ask)
+
+
+def chosen_on_input(
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    rows: torch.Tensor,
+    form: str,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor,
+    ask: Ask,
+) -> bool:
+    """The same where experts choose tokens: ids and weights as the call gives them in the form."""
+    count, experts = rows.shape[0], body.experts
+    return _asked(body, params, rows, weights, lambda signed: slots_of(form, ids, signed, count, experts), ask)
+
+
+def _asked(
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    routing: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ask: Ask,
+) -> bool:
+    """`routing` gives experts [T, K] and weights [T, K] for weights of other signs."""
     signs = torch.ones_like(weights)
     signs.view(-1)[::2] = -1
     try:
@@ -49,7 +76,7 @@ def on_input_by_sign(
         ) from error
     gaps = {}
     for on_input in (False, True):
-        mine = body.evaluate(params, rows, experts, weights * signs, on_input=on_input)
+        mine = body.evaluate(params, rows, *routing(weights * signs), on_input=on_input)
         gaps[on_input] = float((mine - theirs.reshape(mine.shape)).norm() / theirs.norm())
     best = min(gaps, key=lambda side: gaps[side])
     loose = 1e-4 if rows.dtype in (torch.float32, torch.float64) else 4e-2

@@ -18,10 +18,11 @@ from moec.frontends.torch.body import Body
 from moec.frontends.torch.calls import SlicedCall
 from moec.frontends.torch.direct import tensors_of
 from moec.frontends.torch.entered import replaced_by
+from moec.frontends.torch.expertchoice import CHOSEN, slots_of
 from moec.frontends.torch.ids import Ids
 from moec.frontends.torch.instances import NotLifted, Unsuited
 from moec.frontends.torch.items import Blocks, split
-from moec.frontends.torch.lift import DTYPES, common_dtype, lift_dense, lift_moe, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_chosen, lift_dense, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import Driver, resized
 from moec.frontends.torch.observe import tokens as random_tokens
@@ -158,6 +159,8 @@ def _region(name: str, log: Log, solution: Solution, body: Body, params: Mapping
     if solution.form is None:
         return lift_dense(name, body, dtype=dtype)
     weight_dtype = dtype if solution.weights is None else DTYPES[log.tensors[solution.weights].dtype]
+    if solution.form in CHOSEN:
+        return lift_chosen(name, body, dtype=dtype, weight_dtype=weight_dtype, on_input=solution.on_input)
     return lift_moe(
         name, body, slots=solution.num_slots, dtype=dtype, weight_dtype=weight_dtype, on_input=solution.on_input
     )
@@ -223,6 +226,9 @@ def _judge(
     def exact(rows: torch.Tensor, *routing: torch.Tensor) -> tuple[torch.Tensor]:
         if not routing:
             return (body.expert(params, 0, rows.float()),)
+        if solution.form in CHOSEN:
+            tokens, weights = routing
+            routing = slots_of(CHOSEN[0], tokens, weights, rows.shape[0], body.experts)
         return (body.evaluate(params, rows, *routing, on_input=solution.on_input),)
 
     def run() -> torch.Tensor:

@@ -14,14 +14,17 @@ from functools import partial
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.choices import Value, routing_of, routings
+from moec.frontends.torch.choices import Routing, Value, choices_of_experts, routing_of, routings
 from moec.frontends.torch.direct import factors, near
+from moec.frontends.torch.expertchoice import CHOSEN, never_repeats
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Blocks
 from moec.frontends.torch.oplog import Log, slots
 from moec.frontends.torch.places import Places
 from moec.frontends.torch.replay import replay
-from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
+from moec.frontends.torch.sides import chosen_on_input, is_scaled_through, on_input_by_sign
+
+Hypotheses = Callable[[Sequence[Value], Value, int, int], Iterator[Routing]]
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,17 @@ class Nearest:
 
 
 def solve_routed(
-    blocks: Blocks, body: Body, params: Mapping[str, torch.Tensor], nearest: Nearest | None = None
+    blocks: Blocks,
+    body: Body,
+    params: Mapping[str, torch.Tensor],
+    nearest: Nearest | None = None,
+    *,
+    hypotheses: Hypotheses = routings,
 ) -> Solution | None:
-    """The solution for a mixture, None when no tensors of the log fit; `nearest` gets what came closest."""
+    """The solution for a mixture, None when no tensors of the log fit; `nearest` gets what came closest.
+
+    `hypotheses` are the ways in which tensors may say who is routed where: by tokens, unless others are given.
+    """
     candidates = _before(blocks)
     loose = 1e-4 if is_precise(params, body) else 4e-2
     ends = list(_after(blocks, body, blocks.last))
@@ -144,12 +155,16 @@ def solve_routed(
             continue
         outputs = _ExpertOutputs(body, params, rows)
         unclear = False
-        for form, selector, weights, num_slots in routings(candidates, x, tokens, body.experts):
+        for form, selector, weights, num_slots in hypotheses(candidates, x, tokens, body.experts):
             chosen = routing_of(form, selector, weights, rows, tokens, body.experts, num_slots)
             if chosen is None:
                 continue
             # Weights that are one wherever they were probed may stand anywhere, or be applied elsewhere again.
-            if weights is not None and form == "indices" and bool((weights.value == weights.value.flatten()[0]).all()):
+            if (
+                weights is not None
+                and form in ("indices", *CHOSEN)
+                and bool((weights.value == weights.value.flatten()[0]).all())
+            ):
                 unclear = unclear or bool((weights.value == 1).all())
                 continue
             if form == "unit" and unclear:
@@ -160,7 +175,9 @@ def solve_routed(
                     found = (x.slot, _slot(selector), _slot(weights), form, num_slots, slot, index, on_input)
                     if near(mine * scale, value, loose):
                         same = _steering(blocks, selector, weights)
-                        spread = selector is not None and _is_spread(blocks, selector)
+                        spread = form not in CHOSEN and selector is not None and _is_spread(blocks, selector)
+                        if form in CHOSEN and selector is not None and not never_repeats(blocks.log, selector.slot):
+                            raise NotLifted("an expert may choose a token twice: its choice is of no top-k or sort")
                         solution = Solution(*found, routing=same, scale=scale, spread=spread)
                         return _told_apart(blocks, body, params, solution, rows, chosen)
                     left = outputs.left_alone(*chosen) if form == "unit mask" else None
@@ -170,6 +187,10 @@ def solve_routed(
                     if nearest is not None:
                         nearest.offer(mine, value, partial(_words, blocks.log, x, selector, weights, form, slot))
     return None
+
+
+solve_chosen = partial(solve_routed, hypotheses=choices_of_experts)
+"""The same where experts choose their tokens."""
 
 
 def _words(log: Log, x: Value, selector: Value | None, weights: Value | None, form: str, y: int) -> str:
@@ -206,6 +227,9 @@ def _told_apart(
     def ask(signs: torch.Tensor) -> torch.Tensor:
         return replay(log, again, {slot: given * signs.reshape(given.shape)}, found.y)
 
+    if found.form in CHOSEN and found.selector is not None:
+        ids = log.value(found.selector, blocks.first)
+        return replace(found, on_input=chosen_on_input(body, params, rows, found.form, ids, given, ask))
     return replace(found, on_input=on_input_by_sign(body, params, rows, *chosen, ask))
 
 

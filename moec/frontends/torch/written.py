@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
@@ -45,6 +46,7 @@ def write(call: Call) -> Written | None:
         and not call.sliced.more
         and not call.spread
         and call.places is None
+        and call.form not in CHOSEN
         and _known(call, _OF_SLICED)
         and _known(call.sliced, _OF_SLICE)
     ):

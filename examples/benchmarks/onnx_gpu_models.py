@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
 import tempfile
@@ -60,10 +61,12 @@ def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     ids = torch.randint(3, 1000, (2, 16))
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        files = {"torch's export": partial(torch_export, one, ids)}
-        for quantize in (None, "int8"):
-            name = "moec, cuda" + (f", {quantize}" if quantize else "")
-            files[name] = partial(moec_export, one, ids, quantize)
+        files = {"torch's export, fp32": partial(torch_export, one, ids)}
+        half = copy.deepcopy(one).half()
+        for title, exported in (("fp32", one), ("fp16", half)):
+            for quantize in (None, "int8"):
+                name = f"moec, {title}" + (f", {quantize}" if quantize else "")
+                files[name] = partial(moec_export, exported, ids, quantize)
         made = {}
         for number, (name, write) in enumerate(files.items()):
             path = Path(folder) / f"{number}" / "model.onnx"
@@ -83,7 +86,7 @@ def model(tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
             feed = {"input_ids": given.numpy()}
             calls = {name: partial(s.run, [s.get_outputs()[0].name], feed) for name, s in made.items()}
             for name, us in interleaved(calls, seconds).items():
-                mine = torch.from_numpy(calls[name]()[0])
+                mine = torch.from_numpy(calls[name]()[0]).float()
                 error = float((mine - theirs).norm() / theirs.norm())
                 found.append({"tokens": count, "file": name, "us": us, "error": error})
     timed = [row for row in found if "us" in row]

@@ -114,6 +114,9 @@ def _time_both(source: Path, made: Rewritten, settings: Settings, report: Export
     report.latency.clear()
     if not settings.tokens:
         return ""
+    if not made.runs_before:
+        report.notes.append("not timed: the file as it was does not run here")
+        return ""
     if settings.inputs is not None and TIMED_AS_GIVEN not in report.notes:
         report.notes.append(TIMED_AS_GIVEN)
     say("timing")

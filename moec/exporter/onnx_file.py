@@ -17,6 +17,7 @@ from moec.exporter.file_graph import GraphRewriter, Say
 from moec.exporter.invent import Feed, feeds
 from moec.exporter.result import ExportReport
 from moec.exporter.settings import Settings
+from moec.exporter.third_matrix import CHECKED_AS, write_out
 from moec.frontends.onnx.home import Home
 from moec.frontends.onnx.load import load
 
@@ -29,6 +30,8 @@ class Rewritten:
     made: list[Made]
     home: Home | None = None
     """Where the weights of a large model lie."""
+    runs_before: bool = True
+    """Whether the file as it is runs here."""
 
 
 def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, timed: bool = False) -> Rewritten:
@@ -38,8 +41,9 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     """
     say("reading")
     model, home = load(path)
+    written_out = write_out(model, path)
     try:
-        before = session(path if home is None else model)
+        before = session(path if home is None and not written_out else model)
     except Exception as error:  # ONNX Runtime's errors have no common class
         reason = str(error).strip().splitlines()[0][:200]
         raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
@@ -50,11 +54,24 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     if not rewriter.rewrite(model, made, "the whole file"):
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
         raise MoecError("MOEC705", f"no layer of {path} can be rewritten: {reasons}")
+    _check_written_out(model, written_out, report)
     whole = rewriter.compared[-1]
     report.whole_model_error, report.whole_model_shapes = whole.check.max_error, whole.check.labels
     same, total = (sum(counts) for counts in zip(*((one.same, one.total) for one in rewriter.compared), strict=True))
     report.routing_agreement = same / total if total else None
-    return Rewritten(model, made, home)
+    return Rewritten(model, made, home, runs_before=not written_out)
+
+
+def _check_written_out(model: Any, products: Sequence[Any], report: ExportReport) -> None:
+    """None of what was written out, which computes all experts, may stay. Raises MOEC705 where it does."""
+    if not products:
+        return
+    held = set(model.graph)
+    if any(product.producer() in held for product in products):
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers if layer.reason)
+        what = "MoE nodes with a third matrix are rewritten all or none, since they do not run here as they are"
+        raise MoecError("MOEC705", f"{what}: {reasons}")
+    report.checked_as = CHECKED_AS
 
 
 def _rested(model: Any, home: Home | None) -> Callable[[Any], Any]:

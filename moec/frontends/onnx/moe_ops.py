@@ -9,7 +9,7 @@ T tokens, K experts per token, E experts, D model width, F expert width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,8 @@ class MoeNode:
         return Router(int(self.number("k", 1)), bool(self.number("normalize_routing_weights", 0)))
 
 
-def moe_nodes(graph: Any) -> list[MoeNode]:
-    return [MoeNode(node) for node in graph if node.domain == DOMAIN and node.op_type in MATRICES]
+def moe_nodes(nodes: Iterable[Any]) -> list[MoeNode]:
+    return [MoeNode(node) for node in nodes if node.domain == DOMAIN and node.op_type in MATRICES]
 
 
 def prove_node(one: MoeNode, read: Constants, runs: Sequence[Run]) -> Layer | Left:

@@ -48,7 +48,7 @@ class Watch:
 
     def __init__(self, module: torch.nn.Module, inputs: Iterable[torch.Tensor] = (), *, hear: bool = False) -> None:
         self.module = module
-        self.ear = _Ear(sys.stdout) if hear else None
+        self.ear: _Ear | None = None
         self.rng = torch.get_rng_state()
         self.python_rng = random.getstate()
         devices = {p.device for p in module.parameters() if p.is_cuda}
@@ -61,16 +61,20 @@ class Watch:
         for name, child in module.named_modules():
             attributes = {k: v for k, v in child.__dict__.items() if k not in _MACHINERY}
             self.state.append((name, child, attributes, dict(child._buffers)))
+            prefix = f"{name}." if name else ""
             for key, value in attributes.items():
-                self.held.add("sets attribute", f"{name}.{key}".lstrip("."), value)
+                self.held.add("sets attribute", prefix + key, value)
             for key, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     copy = buffer.detach().clone() if buffer.numel() <= _BUFFER_LIMIT else None
                     self.values.append((f"{name}.{key}".lstrip("."), buffer, version(buffer), copy))
         self._look_outside(module)
+        if hear:
+            self.listen()
 
-        if self.ear is not None:
-            sys.stdout = self.ear
+    def listen(self) -> None:
+        """Hear what is printed from now on until `undo`."""
+        self.ear = sys.stdout = _Ear(sys.stdout)
 
     def _look_outside(self, module: torch.nn.Module) -> None:
         """Class attributes, globals and variables of enclosing functions that the modules' code refers to."""

@@ -41,15 +41,15 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         if len(reasons) >= 2 and driver.path not in reasons:
             break
         try:
-            log, effects = driver.observe()
+            run = driver.observe()
         except ProbeFailed as failure:
             drivers.failed(driver, failure)
             continue
         try:
-            return _from_log(candidate, driver, log, params)
+            return _from_log(candidate, driver, run, params)
         except NotLifted as reason:
             # A block that runs at its own sizes only was not probed; what the one run did says more than that.
-            whole = with_effects(driver, effects) if effects and isinstance(reason, ProbeFailed) else reason
+            whole = with_effects(driver, run[1]) if run[1] and isinstance(reason, ProbeFailed) else reason
             reasons.setdefault(driver.path, []).append(whole)
     if reasons:
         every = [reason for found in reasons.values() for reason in found]
@@ -65,7 +65,9 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
     raise refusal
 
 
-def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[str, torch.Tensor]) -> Lifted:
+def _from_log(
+    candidate: Candidate, driver: Driver, run: tuple[Log, list[str]], params: Mapping[str, torch.Tensor]
+) -> Lifted:
     def read(log: Log) -> Reading:
         linears = LinearFinder(log, dict(params), lambda name: name in candidate.weights).find(0, len(log.entries))
         if not linears:
@@ -84,6 +86,7 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
             tuple(mask for inst in instances for mask in inst.masks),
         )
 
+    log, effects = run
     reading, written = read(log), None
     for site in _sites(log, reading):
         roles = fit_roles(log, site, reading.body, params, routed=True)
@@ -96,7 +99,7 @@ def _from_log(candidate: Candidate, driver: Driver, log: Log, params: Mapping[st
         choice = fit_choice(log, site, reading.body, params)
         if choice is not None:
             return lift_choice(log, site, choice, reading, params, read)
-    observed = cache(partial(observe_experts, driver, read))
+    observed = cache(partial(observe_experts, driver, read, (log, effects, reading)))
     attempts: tuple[Callable[[], Lifted], ...] = (
         partial(analyse_slice, observed, params, solve_routed),
         partial(_by_places, log, reading, params, read, observed),

@@ -67,13 +67,14 @@ class Driver:
     width: int | None = None
     rank: int = 3
 
-    def observe(self) -> tuple[Log, list[str]]:
+    def watch(self) -> Watch:
+        """For several runs of the module that have no effects: its state is looked at once."""
+        return Watch(self.module)
+
+    def observe(self, watch: Watch | None = None) -> tuple[Log, list[str]]:
         """Log of one run, and the effects it had (undone)."""
-        watch = Watch(
-            self.module,
-            [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, torch.Tensor)],
-            hear=True,
-        )
+        watch = watch or self.watch()
+        watch.listen()
         args, kwargs = tree_map(_own, (self.args, self.kwargs))
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         watch.inputs = [(t, t._version) for t in given if not t.is_inference()]

@@ -7,6 +7,7 @@ tensor at any moment of the run can be asked for.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +190,10 @@ class Log:
 
     def writers(self, slot: int, before: int, within: Extent | None = None) -> list[int]:
         """Entries before `before` that wrote into the tensor's memory, or into the part of it that is `within`."""
-        found = [i for i in self._writers.get(self.storages[slot], ()) if i < before]
+        every = self._writers.get(self.storages[slot])
+        if not every:
+            return []
+        found = every[: bisect.bisect_left(every, before)]
         if not found:
             return found
         storage, part = self.storages[slot], within or self.extent(slot)
@@ -237,13 +241,17 @@ class Log:
         written into it later is.
         """
         stop = stop or {}
-        given = {self.storages[slot]: moment for slot, moment in stop.items()}
+        given: dict[int, int] | None = None  # by storage; made when first asked for, as few tensors are written to
         seen: set[tuple[int, Extent | None]] = set()
         todo: list[tuple[int, int, Extent | None]] = [(slot, at, None) for slot, at in wanted]
         while todo:
             slot, at, within = todo.pop()
-            since = given.get(self.storages[slot], -1)
-            sources: list[tuple[int, Extent | None]] = [(i, None) for i in self.writers(slot, at, within) if i > since]
+            sources: list[tuple[int, Extent | None]] = []
+            written = self.writers(slot, at, within)
+            if written:
+                given = {self.storages[s]: moment for s, moment in stop.items()} if given is None else given
+                since = given.get(self.storages[slot], -1)
+                sources = [(i, None) for i in written if i > since]
             made = self.producer(slot)
             if made is not None and made < at and slot not in stop:
                 sources.append((made, within or self.extent(slot)))

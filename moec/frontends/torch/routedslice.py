@@ -22,6 +22,8 @@ from moec.frontends.torch.sliceit import SHAPES, Observed, same_site, single_inp
 from moec.frontends.torch.solve import Nearest, Solution
 
 _TRIES = 6
+# Of more experts than this, random tokens do not reach all.
+_MANY = 32
 
 
 class Unsolved(NotLifted):
@@ -128,24 +130,39 @@ def _toward_experts(module: torch.nn.Module, probe: torch.Tensor, experts: int) 
     return tokens.view(probe.shape)
 
 
-def observe_experts(driver: Driver, read: Callable[[Log], Reading]) -> Seen:
-    """Logs at several shapes, more that were needed until every expert had run, and the body unified over all."""
+def _length(tries: int, first: Reading | None) -> int:
+    """How long two sequences are to reach more experts: with a token for each of them from the first."""
+    experts = 0 if first is None else first.body.experts
+    return max(16 << min(tries, 4), min(-(-experts // 2), 16 << 4))
+
+
+def observe_experts(
+    driver: Driver, read: Callable[[Log], Reading], initial: tuple[Log, list[str], Reading] | None = None
+) -> Seen:
+    """Logs at several shapes, more that were needed until every expert had run, and the body unified over all.
+
+    `initial` is a run of the driver as it is, which need not be run again where its shape is asked for.
+    """
     x = single_input(driver)
     seen: list[Observed] = []
     more: list[Log] = []
     reached: set[object] = set()
     first: Reading | None = None
+    watch = driver.watch()
     for i in range(len(SHAPES) + _TRIES):
-        batch, length = SHAPES[i] if i < len(SHAPES) else (2, 16 * 2 ** min(i - len(SHAPES), 4))
+        batch, length = SHAPES[i] if i < len(SHAPES) else (2, _length(i - len(SHAPES), first))
         shape = (batch, length, x.shape[-1]) if x.dim() == 3 else (batch * length, x.shape[-1])
-        probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
-        if i > len(SHAPES) and first is not None:
-            probe = _toward_experts(driver.module, probe, first.body.experts)
-        probed = driver.with_input(probe)
-        log, effects = probed.observe()
+        if initial is not None and shape == tuple(x.shape) and not seen:
+            probed, (log, effects, reading) = driver, initial
+        else:
+            probe = random_tokens(shape, x.dtype, 20 + i, device=x.device)
+            if first is not None and i > len(SHAPES) - (first.body.experts > _MANY):
+                probe = _toward_experts(driver.module, probe, first.body.experts)
+            probed, reading = driver.with_input(probe), None
+            log, effects = probed.observe(watch)
         if effects:
             raise with_effects(probed, effects)
-        reading = read(log)
+        reading = reading or read(log)
         if first is None:
             first = reading
         elif reading.body != first.body:

@@ -25,6 +25,8 @@ _MOST_OBJECTS = 5000
 _LARGEST_COPY = 1 << 24
 _CONTAINERS = (list, dict, set, collections.deque)
 _SIMPLE = (int, float, complex, str, bool, bytes, torch.dtype, torch.device, type(None), torch.Size)
+_PLAIN = frozenset(_SIMPLE)
+_BUILT_IN = frozenset({list, dict, set, collections.OrderedDict})
 _CLOSED = (type, ModuleType, FunctionType, logging.Logger, weakref.ref, torch.nn.Module)
 _MACHINERY = frozenset({"torch", "moec", "threading", "logging", "concurrent", "asyncio", "multiprocessing", "weakref"})
 
@@ -160,6 +162,14 @@ class Snapshot:
 
     def add(self, phrase: str, path: str, value: Any, depth: int = _DEPTH) -> None:
         """Remember what `value` holds."""
+        kind = type(value)
+        if kind in _PLAIN:  # most of what modules hold: numbers, words, and containers of hooks with nothing in them
+            return
+        if kind in _BUILT_IN and not value and depth and id(value) not in self._seen:
+            if len(self._seen) <= _MOST_OBJECTS:
+                self._seen[id(value)] = value
+                self._entries.append((phrase, _Contents(path, value, ())))
+            return
         if isinstance(value, _SIMPLE) or id(value) in self._seen or not depth or len(self._seen) > _MOST_OBJECTS:
             return
         self._seen[id(value)] = value  # kept alive, so that its id stays its own

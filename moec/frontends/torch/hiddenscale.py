@@ -68,7 +68,7 @@ def read_scale(
             if slot in hidden or data not in hidden or not like.dim() or like.shape[-1] != width:
                 continue
             if moved_from(log, slot, index, params) is not None:
-                found.append(HiddenScale(index, data, slot, vector_of(view_of(log, slot, dict(params)), width)))
+                found.append(HiddenScale(index, data, slot, vector_of(view_of(log, slot, params), width)))
     return found[0] if len(found) == 1 else None
 
 

@@ -5,7 +5,7 @@ R rows, C inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ class Linear:
     last: int
 
 
-def view_of(log: Log, slot: int, layouts: dict[str, torch.Tensor]) -> View | None:
+def view_of(log: Log, slot: int, layouts: Mapping[str, torch.Tensor]) -> View | None:
     """The parameter view a slot is, None if its memory is not a parameter's."""
     name = log.param_of(slot)
     if name is None or name not in layouts:

@@ -68,15 +68,17 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
 def _from_log(
     candidate: Candidate, driver: Driver, run: tuple[Log, list[str]], params: Mapping[str, torch.Tensor]
 ) -> Lifted:
+    own = dict(params)
+
     def read(log: Log) -> Reading:
-        linears = LinearFinder(log, dict(params), lambda name: name in candidate.weights).find(0, len(log.entries))
+        linears = LinearFinder(log, own, lambda name: name in candidate.weights).find(0, len(log.entries))
         if not linears:
             return read_batched(log, candidate.weights, params)
         joined = joined_products(log, linears, driver.module, driver.path, params)
         if joined is not None:
             return read_products(log, joined, params)
-        instances = [with_tail(log, instance, dict(params)) for instance in find_instances(log, linears, params)]
-        banks = unify(log, driver.module, driver.path, instances, dict(params))
+        instances = [with_tail(log, instance, own) for instance in find_instances(log, linears, params)]
+        banks = unify(log, driver.module, driver.path, instances, own)
         body = build_body(log, instances, banks, params)
         entries = tuple(sorted({i for inst in instances for i in inst.entries}))
         return Reading(

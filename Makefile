@@ -10,7 +10,8 @@ PIP_ARGS ?=
 # For pytest, such as one file: make test PYTEST_ARGS=tests/cli/test_opt.py
 PYTEST_ARGS ?=
 # On 2 cores two processes took 6 minutes where one took 10.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
+# Tests that share what takes long to make are a group, which runs in one process.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-oldest test-legacy test-thirdparty lint format bench clean

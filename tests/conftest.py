@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,20 @@ def pytest_configure() -> None:
         import torch
 
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+# What these tests ask about is made once for each name and kept: tests of one name run in one process.
+_KEPT_BY_NAME = ("frontend/test_corpus.py", "zoo/", "hf/", "legacy/", "thirdparty/")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(tests).as_posix()
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
+        if isinstance(name, str) and place.startswith(_KEPT_BY_NAME):
+            item.add_marker(pytest.mark.xdist_group(f"{place.partition('/')[0]} {name}"))
 
 
 @pytest.fixture(autouse=True)

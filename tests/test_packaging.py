@@ -18,6 +18,9 @@ import pytest
 import moec
 
 ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.xdist_group("packaging")  # the wheel is built once
+
 FOLDERS = {"moec": "moec", "moec.passes": "passes", "moec.backends": "backends"}
 
 

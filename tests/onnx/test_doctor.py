@@ -13,6 +13,8 @@ from moec.backends.onnx import defects, defects_cuda
 from moec.backends.onnx.providers import CPU, why_no_cuda
 from moec.cli import main
 
+pytestmark = pytest.mark.xdist_group("doctor")  # every defect is examined once
+
 
 @pytest.fixture(scope="module")
 def findings() -> dict[tuple[str, str], defects.Finding]:

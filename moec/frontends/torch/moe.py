@@ -101,7 +101,7 @@ def _from_log(
         choice = fit_choice(log, site, reading.body, params)
         if choice is not None:
             return lift_choice(log, site, choice, reading, params, read)
-    observed = cache(partial(observe_experts, driver, read, (log, effects, reading)))
+    observed = _once(partial(observe_experts, driver, read, (log, effects, reading)))
     attempts: tuple[Callable[[], Lifted], ...] = (
         partial(analyse_slice, observed, params, solve_routed),
         partial(_by_places, log, reading, params, read, observed),
@@ -117,6 +117,25 @@ def _from_log(
             reasons.append(reason)
     # How far a cut came says more than that none holds the formula.
     raise next((reason for reason in reasons if not isinstance(reason, Unsolved)), reasons[0])
+
+
+def _once(observe: Callable[[], Seen]) -> Callable[[], Seen]:
+    """What the first call gives or raises, for every attempt: a block that cannot be observed is run no more."""
+
+    @cache
+    def first() -> Seen | NotLifted:
+        try:
+            return observe()
+        except NotLifted as reason:
+            return reason
+
+    def again() -> Seen:
+        found = first()
+        if isinstance(found, NotLifted):
+            raise found
+        return found
+
+    return again
 
 
 def _by_places(

@@ -32,7 +32,7 @@ def decoder(path: Path) -> Path:
     }
     tensors = {name: (random.standard_normal(shape) / 10).astype(np.float32) for name, shape in shapes.items()}
     tensors |= {"norm": np.ones(D, np.float32), "one": np.array(1), "last": np.array([1]), "flat": np.array([-1, E])}
-    sizes = {
+    sizes: dict[str, list[Any]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "past_sequence_length + sequence_length"],
         "past_key_values.0.key": ["batch_size", PAIRS, "past_sequence_length", "kv_cache_dim"],

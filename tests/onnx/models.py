@@ -34,20 +34,42 @@ def nllb_moe() -> nn.Module:
     return built(transformers.NllbMoeForConditionalGeneration, config)
 
 
+def qwen2_moe() -> nn.Module:
+    """Unnormalised weights, and beside the experts a shared one behind a gate of its own."""
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=SIZES["hidden_size"],
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=6,
+        num_experts_per_tok=2,
+    )
+    return built(transformers.Qwen2MoeForCausalLM, config)
+
+
+OWN = {"nllb_moe": nllb_moe, "qwen2_moe": qwen2_moe}
+
+
 def model(name: str) -> Any:
     """A model of random weights in eval mode, always the same."""
-    if name != "nllb_moe":
+    if name not in OWN:
         return MODELS[name].make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = nllb_moe()
+        made = OWN[name]()
     randomize(made)
     return made.eval()
 
 
 def inputs(name: str, batch: int = 2, tokens: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Its arguments; encoders come with a mask, which transformers does not make while torch.export records."""
-    if name != "nllb_moe":
+    if name == "qwen2_moe":
+        made = MODELS["mixtral"].inputs(batch, tokens, seed)
+    elif name != "nllb_moe":
         made = MODELS[name].inputs(batch, tokens, seed)
     else:
         generator = torch.Generator().manual_seed(seed)

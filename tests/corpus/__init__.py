@@ -17,6 +17,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     older,
     placed,
     positive_moe,
+    retrieval,
     scaled,
     selection,
     weights,

@@ -41,7 +41,10 @@ EVERY = (
         "soft-moe-pytorch, dynamic slots", "Soft MoE, padded", layers.soft_moe_dynamic, layers.sequences, 0,
         reason="constant_pad_nd",
     ),
-    Layer("PEER-pytorch", "product keys over embeddings", layers.peer, layers.sequences, 0),
+    Layer(
+        "PEER-pytorch", "product keys over embeddings", layers.peer, layers.sequences, 0,
+        reason="64 experts of one hidden unit each",
+    ),
     Layer(
         "fairscale MOELayer", "capacity einsum, all-to-all", layers.fairscale, layers.fours, 0,
         reason="draws random numbers", random=True, inplace=True,

@@ -14,6 +14,7 @@ from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe,
 from moec.frontends.torch.ffn import NotRun, analyse_ffn
 from moec.frontends.torch.instances import Chained, NotLifted
 from moec.frontends.torch.lifted import Lifted
+from moec.frontends.torch.lookups import discover_lookups, looked_up
 from moec.frontends.torch.moe import analyse_moe
 from moec.frontends.torch.observe import Drivers, raised
 from moec.frontends.torch.refuse import check_weights, computed_owner, is_lazy, unreadable
@@ -78,6 +79,10 @@ def analyse(
     for candidate in discover_ffn(model, taken):
         progress(candidate.name)
         _analyse_ffn(model, candidate, drivers, params, found)
+    for candidate in discover_lookups(model):
+        reason = looked_up(candidate, drivers, params) if not candidate.weights & taken else None
+        if reason is not None:
+            found.refused.append(Refused(candidate.name, "moe", reason))
     looked_at = {*(one.name for one in found.lifted), *(one.name for one in found.refused)}
     for name, note in passed_over(model):
         if not any(f"{one}.".startswith(f"{name}.") or f"{name}.".startswith(f"{one}.") for one in looked_at if one):

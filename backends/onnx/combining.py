@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moec.backends.onnx.lowering import Lowering, wide_dtype
-from moec.ir import Combine, CombineDense, DispatchDense, IdentityRows, ScaleRows, Value
+from moec.ir import Combine, CombineDense, DispatchDense, IdentityRows, KeptWeights, ScaleRows, Value
 
 
 def combine(op: Combine, low: Lowering) -> list[Any]:
@@ -61,6 +61,25 @@ def _combine_chosen(low: Lowering, rows: Any, order: Any, weights: Any, tokens: 
     empty = emit.full(0, kind, emit.op("Add", tokens, emit.number(1)), width)
     total = emit.op("ScatterElements", empty, where, part, axis=0, reduction="add", name="combined")
     return emit.op("Slice", total, emit.ints(0), emit.vector(tokens), emit.ints(0))
+
+
+def kept_weights(op: KeptWeights, low: Lowering) -> list[Any]:
+    emit, dtype = low.emit, op.weights.type.dtype
+    kind = wide_dtype(dtype, dtype)
+    order, weights = emit.cast(low.value(op.order), "i64"), _as(low, op.weights, kind)
+    count = emit.op("Squeeze", emit.op("Shape", order), emit.ints(0))
+    none = emit.full(0, "i32", emit.op("Add", count, emit.number(1)))
+    # Rows of no slot land in the last place.
+    slot = emit.op("Where", emit.op("Less", order, emit.number(0)), count, order)
+    kept = emit.op("ScatterElements", none, slot, emit.full(1, "i32", count), axis=0, name="kept")
+    kept = emit.op("Slice", kept, emit.ints(0), emit.vector(count), emit.ints(0))
+    mask = emit.op("Reshape", emit.cast(kept, "bool"), emit.op("Shape", weights), allowzero=1)
+    left = emit.op("Where", mask, weights, emit.scalar(0, kind))
+    if op.normalize != "none":
+        total = emit.op("ReduceSum", left, emit.ints(1), keepdims=1)
+        least = emit.scalar(op.eps, kind)
+        left = emit.op("Div", left, emit.op("Add" if op.normalize == "sum" else "Max", total, least))
+    return [low.rounded(left, dtype, kind)]
 
 
 def scale_rows(op: ScaleRows, low: Lowering) -> list[Any]:

@@ -50,6 +50,18 @@ def scale_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, b
     return (rows * flat.unsqueeze(1)).masked_fill((order < 0).unsqueeze(1), 0)
 
 
+def kept_weights(weights: torch.Tensor, order: torch.Tensor, normalize: str, eps: float) -> torch.Tensor:
+    """weights[T, K], order[R] -> [T, K]: zeros for slots that are not in order, the others normalized, rounded once."""
+    kept = torch.zeros(weights.numel() + 1, dtype=torch.bool, device=weights.device)
+    # Rows of no slot (-1) land in the last place.
+    kept[order.long()] = True
+    left = torch.where(kept[:-1].view(weights.shape), weights.to(wide(weights)), 0)
+    if normalize == "none":
+        return left.to(weights.dtype)
+    total = left.sum(1, keepdim=True)
+    return (left / (total + eps if normalize == "sum" else total.clamp(min=eps))).to(weights.dtype)
+
+
 def identity_rows(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int, count: int) -> torch.Tensor:
     """x[T, D], ids[T, K], weights[T, K] -> [T, D]: x[t] times its weights for `count` experts from `first`."""
     kind = wide(x, weights)

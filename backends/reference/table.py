@@ -31,6 +31,7 @@ from moec.ir import (
     Group,
     GroupedLinear,
     IdentityRows,
+    KeptWeights,
     Linear,
     Mul,
     Norm,
@@ -123,6 +124,10 @@ def _scale_rows(op: ScaleRows, at: Frame) -> Results:
     return (combining.scale_rows(at.tensor(op.rows), at.tensor(op.order), at.tensor(op.weights), op.by),)
 
 
+def _kept_weights(op: KeptWeights, at: Frame) -> Results:
+    return (combining.kept_weights(at.tensor(op.weights), at.tensor(op.order), op.normalize, op.eps),)
+
+
 def _identity_rows(op: IdentityRows, at: Frame) -> Results:
     x, ids, weights = at.tensor(op.x), at.tensor(op.ids), at.tensor(op.weights)
     return (combining.identity_rows(x, ids, weights, op.first, op.count),)
@@ -212,6 +217,7 @@ MEANINGS: Mapping[type[Op], Meaning] = {
     Group: _group,
     GroupedLinear: _grouped_linear,
     IdentityRows: _identity_rows,
+    KeptWeights: _kept_weights,
     Linear: _linear,
     Mul: _mul,
     Norm: _norm,

@@ -4,7 +4,7 @@ from moec.ir.builder import Builder, Names
 from moec.ir.core import OPS, Node, Op, Region, Value, find_op, op, require
 from moec.ir.diff import diff
 from moec.ir.ops_activation import FUNCTIONS, FUSED_LAYOUTS, Act, Glu
-from moec.ir.ops_combine import Combine, IdentityRows, ScaleRows
+from moec.ir.ops_combine import Combine, IdentityRows, KeptWeights, ScaleRows
 from moec.ir.ops_dense import CombineDense, DispatchDense
 from moec.ir.ops_elementwise import Add, Mul, Pointwise
 from moec.ir.ops_fused import DenseFfn, ExpertFfn, ExpertGlu
@@ -47,6 +47,7 @@ __all__ = [
     "Group",
     "GroupedLinear",
     "IdentityRows",
+    "KeptWeights",
     "Linear",
     "Mul",
     "Names",

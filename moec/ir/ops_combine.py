@@ -18,6 +18,8 @@ from moec.ir.rules import (
 )
 from moec.ir.types import Dim, Tensor
 
+KEPT_NORMALIZATIONS = ("none", "sum", "clamped_sum")
+
 
 def _check_rows(rows: Value, order: Value, weights: Value) -> None:
     require_rank("rows", rows, 2)
@@ -84,6 +86,37 @@ class ScaleRows(Op):
         require_choice("by", self.by, SIDES)
         _check_rows(self.rows, self.order, self.weights)
         return (self.rows.type,)
+
+
+@op("kept_weights")
+@dataclass(frozen=True)
+class KeptWeights(Op):
+    """weights[T, K], order[R] -> [T, K]: zero for slots that are not in order, the others normalized among themselves.
+
+    For routers that normalize after a capacity has dropped slots, so that what is left of a token sums to one. With
+    w' the weights of kept slots and zeros elsewhere: "none" w'; "sum" w' / (sum w' + eps); "clamped_sum"
+    w' / max(sum w', eps), each sum over a token's K slots, in fp32 (f64 if weights hold it), rounded once. A token of
+    which nothing is kept has zeros, but with "sum" and eps=0, where it has 0/0.
+    """
+
+    weights: Value
+    order: Value
+    _: KW_ONLY
+    normalize: str = "none"
+    eps: float = 0.0
+
+    def infer(self) -> tuple[Tensor, ...]:
+        require_rank("weights", self.weights, 2)
+        require_float("weights", self.weights)
+        require_index("order", self.order)
+        require_rank("order", self.order, 1)
+        slots = self.weights.type.shape[0] * self.weights.type.shape[1]
+        require_size("the size of order", self.order.type.shape[0], slots, f"like the slots of {self.weights.type}")
+        require_choice("normalize", self.normalize, KEPT_NORMALIZATIONS)
+        require(self.eps >= 0, "MOEC102", f"eps={self.eps} must be at least 0")
+        sums = self.normalize != "none" or self.eps == 0
+        require(sums, "MOEC106", f'eps={self.eps} goes with normalize="sum" or "clamped_sum"')
+        return (self.weights.type,)
 
 
 @op("identity_rows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.ir import Combine, CombineDense, Dim, DispatchDense, IdentityRows, ScaleRows
+from moec.ir import Combine, CombineDense, Dim, DispatchDense, IdentityRows, KeptWeights, ScaleRows
 from tests.backends import oracle_rows
 from tests.backends.oracle_numbers import Sum, check_sums, ints, listed, matrix, same_bits
 from tests.backends.oracle_routing import group, softmax
@@ -132,6 +132,28 @@ def test_scale_rows_by_expert() -> None:
     expected = rows * weights.flatten().unsqueeze(1)
     expected[1] = 0
     assert same_bits(found, expected)
+
+
+@each_routing
+@pytest.mark.parametrize(("normalize", "eps"), [("none", 0.0), ("sum", 0.0), ("sum", 0.5), ("clamped_sum", 0.25)])
+def test_kept_weights_are_normalized_among_themselves(routing: Routing, normalize: str, eps: float) -> None:
+    order = _order(routing)
+    order[::2] = -1
+    weights = some(*routing.ids.shape).abs()
+    found = evaluate_one(KeptWeights, {"weights": weights, "order": order}, normalize=normalize, eps=eps)
+    kept, k = set(ints(order)) - {-1}, routing.ids.shape[1]
+    for t, row in enumerate(matrix(weights)):
+        left = [w if t * k + j in kept else 0.0 for j, w in enumerate(row)]
+        total = {"none": 1.0, "sum": sum(left) + eps, "clamped_sum": max(sum(left), eps)}[normalize]
+        expected = [w / total if total else NAN for w in left]
+        assert torch.allclose(found[t], torch.tensor(expected), rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_dropped_weights_are_zero_whatever_they_hold() -> None:
+    weights = torch.tensor([[NAN, 2.0], [INF, 3.0]])
+    order = torch.tensor([1, 3, -1, -1])
+    found = evaluate_one(KeptWeights, {"weights": weights, "order": order}, normalize="sum")
+    assert found.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 
 @each_routing

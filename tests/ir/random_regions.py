@@ -27,6 +27,7 @@ from moec.ir import (
     Group,
     GroupedLinear,
     IdentityRows,
+    KeptWeights,
     Linear,
     Mul,
     Norm,
@@ -215,6 +216,12 @@ def _scale_rows(m: Making) -> None:
     m.builder.add(ScaleRows(m.value(m.dtype, m.slots(), m.width()), order, m.value(m.dtype, m.tokens, m.k)))
 
 
+def _kept_weights(m: Making) -> None:
+    order, _ = _group(m)
+    how = m.draw(st.sampled_from([{}, {"normalize": "sum"}, {"normalize": "clamped_sum", "eps": 1e-6}]))
+    m.builder.add(KeptWeights(m.value(m.dtype, m.tokens, m.k), order, **how))
+
+
 def _identity_rows(m: Making) -> None:
     x, ids = m.value(m.dtype, m.tokens, m.width()), m.value("i32", m.tokens, m.k)
     m.builder.add(IdentityRows(x, ids, m.value("f32", m.tokens, m.k), first=m.experts, count=m.width()))
@@ -291,6 +298,7 @@ MAKERS: dict[str, Callable[[Making], object]] = {
     "group": _group,
     "grouped_linear": _grouped_linear,
     "identity_rows": _identity_rows,
+    "kept_weights": _kept_weights,
     "linear": _linear,
     "mul": _mul,
     "norm": _norm,

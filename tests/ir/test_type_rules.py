@@ -71,6 +71,7 @@ RULES = [
         "bf16[T, 64]",
     ),
     ("scale_rows(%rows, %order, %weights)", MOE, "f32[2T, 64]"),
+    ('kept_weights(%weights, %order) {normalize="sum", eps=1e-09}', MOE, "f32[T, 2]"),
     ("identity_rows(%x, %experts, %weights) {first=8, count=2}", MOE, "f32[T, 64]"),
     ('norm(%x) {kind="rms", eps=1e-06}', MOE, "f32[T, 64]"),
     ('norm(%x, w=%w, b=%b) {kind="layer", eps=1e-05}', "x: bf16[B, S, 64], w: f32[64], b: bf16[64]", "bf16[B, S, 64]"),

@@ -29,6 +29,7 @@ from moec.ir import (
     Group,
     GroupedLinear,
     IdentityRows,
+    KeptWeights,
     Linear,
     Norm,
     Op,
@@ -133,6 +134,8 @@ def test_rows_to_experts_and_back(routing: Routing) -> None:
     if tokens:
         compare(Gather, {"x": some(tokens, D), "order": order}, k=k)
         compare(ScaleRows, {"rows": rows, "order": order, "weights": weights})
+        for more in ({}, {"normalize": "sum", "eps": 0.5}, {"normalize": "clamped_sum", "eps": 0.25}):
+            compare(KeptWeights, {"weights": weights.abs(), "order": order}, **more)
         compare(IdentityRows, {"x": some(tokens, D), "ids": ids, "weights": weights}, first=1, count=2)
     compare(Combine, {"rows": rows, "order": order, "weights": weights})
     at = {"offsets": offsets, "w": some(routing.experts, W, D), "b": some(routing.experts, W)}

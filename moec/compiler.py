@@ -94,6 +94,7 @@ def compile_layer(lifted: Lifted, options: Options, backend: str, *, for_graph: 
         cut=lifted.cut,
         evidence=lifted.evidence,
         ir_before=str(lifted.region),
+        ir_named=str(lifted.named) if lifted.named is not None else "",
     )
     result = Compiled(lifted, layer, lifted.region, backend, options.pack, options.graphs, options.strict)
     passes = default_passes(options)

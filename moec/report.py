@@ -52,6 +52,8 @@ class LayerReport:
     bytes_peak: int | None = None
     ir_before: str = ""
     ir_after: str = ""
+    ir_named: str = ""
+    """The layer from its router's logits on, with routing and capacity as ops, where they were proved by value."""
     pass_logs: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = ()
     """Per pass: its name, what it did, what it skipped and why, the diff."""
     plan: str = ""

@@ -82,7 +82,8 @@ def describe(layer: LayerReport) -> str:
     for name, done, skipped, _ in layer.pass_logs:
         parts += [f"{name}: {line}" for line in done]
         parts += [f"{name}: left alone: {line}" for line in skipped]
-    for title, text in (("IR", layer.ir_before), ("IR after the passes", layer.ir_after), ("runs", layer.plan)):
+    texts = (("IR", layer.ir_before), ("IR after the passes", layer.ir_after), ("runs", layer.plan))
+    for title, text in (*texts, ("IR from the router's logits on, as proved by value", layer.ir_named)):
         if text:
             parts += ["", f"{title}:", text]
     return "\n".join(parts)

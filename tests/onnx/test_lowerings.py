@@ -134,8 +134,8 @@ def test_rows_to_experts_and_back(routing: Routing) -> None:
     if tokens:
         compare(Gather, {"x": some(tokens, D), "order": order}, k=k)
         compare(ScaleRows, {"rows": rows, "order": order, "weights": weights})
-        for more in ({}, {"normalize": "sum", "eps": 0.5}, {"normalize": "clamped_sum", "eps": 0.25}):
-            compare(KeptWeights, {"weights": weights.abs(), "order": order}, **more)
+        for normalize, eps in (("none", 0.0), ("sum", 0.5), ("clamped_sum", 0.25)):
+            compare(KeptWeights, {"weights": weights.abs(), "order": order}, normalize=normalize, eps=eps)
         compare(IdentityRows, {"x": some(tokens, D), "ids": ids, "weights": weights}, first=1, count=2)
     compare(Combine, {"rows": rows, "order": order, "weights": weights})
     at = {"offsets": offsets, "w": some(routing.experts, W, D), "b": some(routing.experts, W)}

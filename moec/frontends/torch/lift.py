@@ -5,7 +5,7 @@ T tokens, K experts per token, E experts, D inputs of an expert, F its hidden wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -192,6 +192,21 @@ def lift_chosen(name: str, body: Body, *, dtype: str, weight_dtype: str, on_inpu
         weights = b.add(Constant(value=1.0, type=weights.type), name="ones")
     out = lifter.expert(rows, offsets)
     return b.build(b.add(Combine(out, order, weights, by="expert", tokens=Dim.of("T")), name="y"))
+
+
+def lift_routed(name: str, body: Body, route: Callable[[Builder, Value], tuple[Value, ...]], *, dtype: str) -> Region:
+    """Region with inputs x [T, D], logits f32 [T, E] and what `route` adds, and one output [T, O].
+
+    `route` adds the ops from logits to weights and experts [T, K], order and offsets.
+    """
+    lifter = _Lifter(name, body, dtype)
+    b = lifter.builder
+    x = b.input("x", Tensor.of(dtype, "T", body.inputs))
+    weights, experts, order, offsets = route(b, b.input("logits", Tensor.of("f32", "T", body.experts)))
+    slots = experts.type.shape[1].constant
+    assert slots is not None
+    rows = b.add(Gather(x, order, k=slots), name="rows")
+    return b.build(b.add(Combine(lifter.expert(rows, offsets), order, weights), name="y"))
 
 
 def lift_dense(name: str, body: Body, *, dtype: str) -> Region:

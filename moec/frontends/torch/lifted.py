@@ -32,6 +32,8 @@ class Lifted:
     evidence: tuple[str, ...]
     probes: Callable[[], Iterator[Probe]]
     dtype: torch.dtype
+    named: Region | None = None
+    """The layer from its router's logits on, where routing and capacity were proved by value; it is not what runs."""
 
     @property
     def longest(self) -> int:

@@ -22,6 +22,7 @@ from moec.frontends.torch.instances import NotLifted, Unsuited, find_instances
 from moec.frontends.torch.joined import joined_products
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.linears import LinearFinder
+from moec.frontends.torch.named import with_limits
 from moec.frontends.torch.observe import Driver, Drivers, ProbeFailed
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.placed import fit_places, lift_placed
@@ -46,7 +47,9 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
             drivers.failed(driver, failure)
             continue
         try:
-            return _from_log(candidate, driver, run, params)
+            lifted = _from_log(candidate, driver, run, params)
+            again = drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device)
+            return with_limits(lifted, run[0], driver, again, params)
         except NotLifted as reason:
             # A block that runs at its own sizes only was not probed; what the one run did says more than that.
             whole = with_effects(driver, run[1]) if run[1] and isinstance(reason, ProbeFailed) else reason

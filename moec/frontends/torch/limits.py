@@ -16,6 +16,7 @@ import torch
 from moec.backendbase import Executable, load_backend
 from moec.frontends.torch.capacitysize import Capacity, capacities, told_apart_at
 from moec.frontends.torch.crowd import Crowd, Ran, gates
+from moec.frontends.torch.crowdlogits import crowds, noise, skewed
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.observe import ProbeFailed
 from moec.frontends.torch.probing import work
@@ -169,17 +170,6 @@ def _affordable(crowd: Crowd, tokens: int) -> bool:
     return work(crowd.body, crowd.body.experts, tokens) <= _BUDGET
 
 
-def _skewed(length: int, experts: int) -> torch.Tensor:
-    """[1, S, E]: every token wants expert 0 most, and then one of the others."""
-    logits = _noise(1, length, experts, seed=length)
-    logits[..., 0] += 8
-    return logits
-
-
-def _noise(batch: int, length: int, experts: int, seed: int) -> torch.Tensor:
-    return torch.randn(batch, length, experts, generator=torch.Generator().manual_seed(seed))
-
-
 def _gates(crowd: Crowd, logits: torch.Tensor) -> list[torch.Tensor]:
     """[B, S, E] -> [T, E], in each sum of experts' results that the block makes, what they are multiplied by.
 
@@ -215,7 +205,7 @@ def _kept_of_one(crowd: Crowd) -> dict[int, int] | None:
 
 
 def _kept_at(crowd: Crowd, tokens: int) -> int:
-    found = _gates(crowd, _skewed(tokens, crowd.body.experts))
+    found = _gates(crowd, skewed(tokens, crowd.body.experts))
     if not found:
         raise NotLifted(_NO_SUM)
     return int((found[0][:, 0] != 0).sum())
@@ -246,7 +236,7 @@ def _manners(crowd: Crowd, capacity: Capacity) -> list[Manner]:
     experts = crowd.body.experts
     count = 4 * experts
     place = (torch.arange(experts)[None] - torch.arange(count)[:, None]) % experts
-    logits = (-1.5 * place + 0.3 * _noise(1, count, experts, seed=3)[0])[None]
+    logits = (-1.5 * place + 0.3 * noise(1, count, experts, seed=3)[0])[None]
     found = _gates(crowd, logits)
     if not found:
         return []
@@ -285,7 +275,7 @@ def _weights(crowd: Crowd, k: int) -> Iterator[Manner]:
 
 def _small(crowd: Crowd) -> tuple[float, ...]:
     """Numbers in the block's operations that could keep a sum from zero."""
-    log = crowd.run(_noise(1, 4, crowd.body.experts, seed=1)).log
+    log = crowd.run(noise(1, 4, crowd.body.experts, seed=1)).log
     given = (v for entry in log.entries for v in (*entry.args, *entry.kwargs.values()))
     return tuple(dict.fromkeys(v for v in given if type(v) is float and 0 < v < 1e-2))
 
@@ -308,48 +298,10 @@ def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(((mine - theirs).norm(dim=-1) <= 1e-4 * theirs.norm(dim=-1)).all())
 
 
-def crowds(experts: int, capacity: Capacity, *, by_sequence: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Labelled logits [B, S, E] that crowd experts in every way in which readings differ."""
-    sizes = (
-        ((1, 1), (1, 5), (2, 12), (3, 7), (1, 33), (2, 40))
-        if by_sequence
-        else tuple((1, n) for n in (1, 5, 24, 33, 80))
-    )
-    for i, (batch, length) in enumerate(sizes):
-        noise = _noise(batch, length, experts, seed=50 + i)
-        place = torch.arange(length)
-        yield "random choices", 2.0 * noise
-        rising = noise.clone()
-        rising[..., 0] += 4 + 3 * place / length
-        yield "one expert chosen by all, later tokens surer", rising
-        rivals = noise.clone()
-        rivals[..., 0] += 6 + 3 * (place % 2)
-        rivals[..., 1] += 9 - 3 * (place % 2)
-        yield "two experts chosen by all, first by every other token", rivals
-        boundary = noise.clone()
-        room = capacity.at(length if i % 2 else batch * length)
-        at = torch.arange(batch * length).reshape(batch, length)
-        boundary[..., 0] += torch.where(at % (batch * length) <= room, 9.0, -9.0)
-        yield "one token more than there are places", boundary
-        exact = noise.clone()
-        exact[..., 0] += torch.where(at < room, 9.0, -9.0)
-        yield "as many tokens as there are places", exact
-        alike = noise[:1, :1].expand(batch, length, experts).clone()
-        yield "all tokens alike", alike
-        uneven = noise.clone()
-        uneven[0, :, 0] += 8
-        yield "one sequence all to one expert", uneven
-        sure = 0.1 * noise
-        sure[..., 0] += 18 + place % 5
-        yield "one expert chosen by all, the others hardly", sure
-    yield "ties", torch.zeros(1, 24, experts)
-    yield "ties", _noise(1, 24, experts, seed=9).round()
-
-
 def dropped(found: Limits, experts: int, tokens: int) -> float:
     """The share of slots that is dropped of one sequence of tokens whose choices are random."""
     manner = replace(found.manner, normalize="none", kept="none", eps=0.0)
-    logits = _noise(1, tokens, experts, seed=11)
+    logits = noise(1, tokens, experts, seed=11)
     b = Builder("drops")
     given = b.input("logits", Tensor.of("f32", "T", experts))
     region = b.build(*manner.add(b, given, experts, found.capacity))

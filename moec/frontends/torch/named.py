@@ -52,6 +52,8 @@ def with_limits(
 def _may_drop(lifted: Lifted, log: Log, main: torch.Tensor | None) -> bool:
     """Whether places, or counts over tokens, could leave tokens without their expert."""
     places = getattr(lifted.call, "places", None)
+    if lifted.body.experts < 2:
+        return False
     if places is not None:
         return places.x_axis is not None
     if main is None or not main.shape[-1]:

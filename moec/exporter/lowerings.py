@@ -54,8 +54,10 @@ def place(
 
 
 def _ordered(exact: Region, weights: Weights, settings: Settings, layer: ExportedLayer) -> list[Way]:
-    """All ways, rivals by speed; the report says how that is known."""
+    """All ways, rivals by speed in the place of the first of them; the report says how that is known."""
     every = list(ways(exact, settings))
     rivals = [way for way in every if way.rival]
     order, layer.choice = fastest_first(rivals, weights, settings.tokens, tune=settings.tune) if rivals else ([], "")
-    return [*order, *(way for way in every if not way.rival)]
+    first = every.index(rivals[0]) if rivals else 0
+    rest = [way for way in every if not way.rival]
+    return [*rest[:first], *order, *rest[first:]]

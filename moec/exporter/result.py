@@ -98,9 +98,10 @@ class ExportReport:
             for layer in self.layers
         ]
         parts = [table(headers, rows, right=["error", "max abs"])]
-        parts += [f"left alone: {layer.name}: {layer.reason}" for layer in self.layers if layer.reason]
-        parts += [f"{layer.name}: {line}" for layer in self.layers for line in layer.tried]
-        parts += [f"{layer.name}: {layer.choice}" for layer in self.layers if layer.choice]
+        named = [(layer.name or "the model", layer) for layer in self.layers]
+        parts += [f"left alone: {name}: {layer.reason}" for name, layer in named if layer.reason]
+        parts += [f"{name}: {line}" for name, layer in named for line in layer.tried]
+        parts += [f"{name}: {layer.choice}" for name, layer in named if layer.choice]
         if self.latency:
             headers = ["tokens", "before ms", "after ms", "faster"]
             times = [

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="measure rival ways to write a layer on this machine")
     parser.add_argument("--static", type=positive, metavar="T", help="every size fixed, with T tokens")
     parser.add_argument("--external-data", action="store_true", help="weights in OUT.data, as over 2 GB anyway")
+    parser.add_argument("--widen", action="store_true", help="read and write an .onnx file in bf16 as one in fp32")
     parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="time for each pair; default 1.0")
 
 
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             tune=arguments.tune,
             external_data=arguments.external_data or None,
             inputs=arguments.inputs,
+            widen=arguments.widen,
             seconds=arguments.seconds,
         )
         print(report.to_json() if arguments.json else report)

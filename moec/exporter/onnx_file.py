@@ -20,6 +20,9 @@ from moec.exporter.settings import Settings
 from moec.exporter.third_matrix import CHECKED_AS, write_out
 from moec.frontends.onnx.home import Home
 from moec.frontends.onnx.load import load
+from moec.frontends.onnx.widen import computes_in_bf16, widen
+
+WIDENED = "the file with bf16 widened to fp32, which is what was written"
 
 
 @dataclass
@@ -42,11 +45,13 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     say("reading")
     model, home = load(path)
     written_out = write_out(model, path)
-    try:
-        before = session(path if home is None and not written_out else model)
-    except Exception as error:  # ONNX Runtime's errors have no common class
-        reason = str(error).strip().splitlines()[0][:200]
-        raise MoecError("MOEC707", f"{path} cannot be read: ONNX Runtime does not load it: {reason}") from error
+    widened = settings.widen and computes_in_bf16(model)
+    if widened:
+        widen(model)
+        if home is not None:
+            home.keep(model.graph.initializers.values())
+    runs = not written_out and not widened
+    before = _opened(path, path if home is None and runs else model, model)
     made = _those_that_run(before, feeds(model, settings.inputs, few=home is not None), settings.inputs)
     del before
     say("looking for layers")
@@ -54,12 +59,27 @@ def rewrite(path: Path, settings: Settings, report: ExportReport, say: Say, *, t
     if not rewriter.rewrite(model, made, "the whole file"):
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers[:4]) or "it chooses no experts"
         raise MoecError("MOEC705", f"no layer of {path} can be rewritten: {reasons}")
+    if widened:
+        report.checked_as = WIDENED
     _check_written_out(model, written_out, report)
     whole = rewriter.compared[-1]
     report.whole_model_error, report.whole_model_shapes = whole.check.max_error, whole.check.labels
     same, total = (sum(counts) for counts in zip(*((one.same, one.total) for one in rewriter.compared), strict=True))
     report.routing_agreement = same / total if total else None
-    return Rewritten(model, made, home, runs_before=not written_out)
+    return Rewritten(model, made, home, runs_before=runs)
+
+
+def _opened(path: Path, source: Any, model: Any) -> Any:
+    """A session of a file, or of what it became. Raises MOEC707 where ONNX Runtime does not load it."""
+    try:
+        return session(source)
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        reason = str(error).strip().splitlines()[0][:200]
+        hint = None
+        if computes_in_bf16(model):
+            hint = "it computes in bf16, which ONNX Runtime's CPU does not; widen=True (--widen) makes it fp32"
+        what = f"{path} cannot be read: ONNX Runtime does not load it: {reason}"
+        raise MoecError("MOEC707", what, hint=hint) from error
 
 
 def _check_written_out(model: Any, products: Sequence[Any], report: ExportReport) -> None:
@@ -71,7 +91,7 @@ def _check_written_out(model: Any, products: Sequence[Any], report: ExportReport
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers if layer.reason)
         what = "MoE nodes with a third matrix are rewritten all or none, since they do not run here as they are"
         raise MoecError("MOEC705", f"{what}: {reasons}")
-    report.checked_as = CHECKED_AS
+    report.checked_as = "; ".join(one for one in (report.checked_as, CHECKED_AS) if one)
 
 
 def _rested(model: Any, home: Home | None) -> Callable[[Any], Any]:

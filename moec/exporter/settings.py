@@ -34,6 +34,8 @@ class Settings:
     """Weights in a file beside the model; by itself above 2 GB only."""
     inputs: Path | None = None
     """For an ONNX file: an .npz file with an array for each of its inputs, where they cannot be made up."""
+    widen: bool = False
+    """For an ONNX file that computes in bf16: read and write it in fp32, inputs and outputs too."""
     seconds: float = 1.0
     """Time for each pair of latencies."""
 
@@ -58,7 +60,7 @@ class Settings:
         if given.get("quantize") == "int4" and given["target"] == "portable":
             hint = 'quantize="int8", or target="cpu" or "cuda"'
             raise MoecError("MOEC502", "int4 is computed by ONNX Runtime's own QMoE, which is not portable", hint=hint)
-        for name in ("tune", "static", "external_data"):
+        for name in ("tune", "static", "external_data", "widen"):
             if given.get(name) not in (None, True, False):
                 raise MoecError("MOEC502", f"{name}={given[name]!r} must be True or False", hint=f"{name}=True")
         return cls(**given)

@@ -218,3 +218,18 @@ def test_bodies_of_large_files(branches: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("moec.frontends.onnx.home.SMALL", 1000)
     assert len(moec.export(branches, tmp_path / "out.onnx").rewritten) == 2
     check_same(branches, tmp_path / "out.onnx", x_of(23, 2.0), x_of(23, -2.0))
+
+
+def test_weights_of_a_body_beside_the_file(file: Path, tmp_path: Path) -> None:
+    source = run_by("Loop", file, tmp_path / "in.onnx")
+    model = onnx.load(str(source))
+    (up,) = [tensor for tensor in model.graph.node[0].attribute[0].g.initializer if tensor.name == "up"]
+    (tmp_path / "up.data").write_bytes(up.raw_data)
+    onnx.external_data_helper.set_external_data(up, "up.data", 0, len(up.raw_data))
+    up.ClearField("raw_data")
+    source.write_bytes(model.SerializeToString())
+    moec.export(source, tmp_path / "out.onnx")
+    check_same(run_by("Loop", file, tmp_path / "whole.onnx"), tmp_path / "out.onnx", {"x_in": x_of(23)["x"]})
+    up.external_data[0].value = "../up.data"
+    source.write_bytes(model.SerializeToString())
+    assert "outside its folder" in refused("MOEC707", source, tmp_path / "out.onnx").message

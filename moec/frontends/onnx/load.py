@@ -7,6 +7,7 @@ from typing import Any
 
 from moec.errors import MoecError
 from moec.frontends.onnx.home import LARGE, SPLIT, Home
+from moec.frontends.onnx.shapes import infer_shapes
 
 # What is written into the graph needs this opset; ONNX's own converter lifts older files.
 LEAST_OPSET = 18
@@ -21,6 +22,7 @@ def load(path: Path) -> tuple[Any, Home | None]:
     if not path.is_file():
         raise MoecError("MOEC601", f"{path}: no such file")
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     home = Home() if path.stat().st_size > LARGE else None
     try:
@@ -31,9 +33,13 @@ def load(path: Path) -> tuple[Any, Home | None]:
         raise _unreadable(path, f"it is no ONNX file, or it is cut off: {_line(error)}") from error
     if not len(model.graph) or "" not in model.opset_imports:
         raise _unreadable(path, "it holds no graph of ONNX nodes")
-    for value in model.graph.initializers.values():
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location != SPLIT:
             _check_external(path, value.const_value)
+    try:
+        common.LiftSubgraphInitializersToMainGraphPass()(model)
+    except Exception as error:
+        raise _unreadable(path, f"its graph is damaged: {_line(error)}") from error
     if home is None and weight_bytes(model) > LARGE:
         home = Home()
     if home is not None:
@@ -61,13 +67,14 @@ def _tidied(model: Any) -> Any:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    return ir.passes.Sequential(
+    found = ir.passes.Sequential(
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.NameFixPass(),
-        common.ShapeInferencePass(),
     )(model).model
+    infer_shapes(found)
+    return found
 
 
 def _check_external(path: Path, tensor: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -11,21 +12,26 @@ from moec.compiler import choose_backend, compile_layer
 from moec.environment import machine, versions
 from moec.errors import MoecError
 from moec.frontends.fx.memory import Memory
-from moec.frontends.fx.outline import Weight, example_of, outline, shared_path
-from moec.frontends.fx.regions import Flow, Part
+from moec.frontends.fx.outline import Outlined, Weight, example_of, outline, shared_path
+from moec.frontends.fx.regions import Flow, Part, value_of
 from moec.frontends.fx.splice import splice
+from moec.frontends.fx.widen import widened
 from moec.frontends.torch.analyse import analyse
 from moec.frontends.torch.discover import Candidate, discover_moe
 from moec.frontends.torch.effects import Watch
+from moec.frontends.torch.graphed import Graphed
 from moec.frontends.torch.guard import has_modes
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.refuse import check_weights
 from moec.options import Options
 from moec.report import LayerReport, Report
+from moec.verify import bar_for, compare_results
 
 Uses = dict[str, tuple[fx.Node, torch.Tensor]]
 """By name: the node that holds a weight, or the call of the module that has it."""
 Replaced = Callable[[fx.Node, fx.Node], None]
+# Of the probes of a part at the sizes of its graph: clamps hide at unit scale.
+_SCALES = (1.0, 0.05, 8.0, 60.0)
 
 
 def rewrite(
@@ -71,37 +77,82 @@ def _try(
 ) -> bool:  # fmt: skip
     """Look at one part; the last line of the report becomes what was found."""
     x = example_of(part.x)
-    modal = modal_call(part, host) if x is not None else "nothing is known of its input; pass example_inputs"
-    if modal:
-        report.layers[-1].reason = modal
+    modal = modal_call(part, host)
+    if x is None or modal:
+        report.layers[-1].reason = modal or "nothing is known of its input; pass example_inputs"
         return False
     outlined = outline(part, weights, candidate.weights, host)
-    watch = Watch(outlined.module)
-    try:
-        found = analyse(outlined.module, ((x,), {}), lambda _: None)
-        lifted = next((one for one in found.lifted if one.name == ""), None)
-        if lifted is None:
-            report.layers[-1].reason = "; ".join(one.reason for one in found.refused) or "it is no layer"
-            return False
-        made = compile_layer(lifted, options, backend, for_graph=True)
-    except MoecError as error:
-        report.layers[-1].reason = error.message
-        return False
-    finally:
-        watch.undo()
-    made.layer.name = candidate.name
+    made = _look(outlined, outlined, candidate, x, options, backend)
+    wider = widened(outlined, x.shape) if not made.layer.compiled and _is_fixed(part.x) else None
+    if wider is not None:
+        again = _look(wider, outlined, candidate, x, options, backend)
+        made = again if again.layer.compiled else made
     report.layers[-1] = made.layer
-    if made.layer.compiled and (made.graphed is None or (options.training and made.graphed.no_gradients)):
-        made.layer.status, made.layer.reason = (
-            "left alone",
-            made.layer.evidence[-1],
-        )  # why it has no form or no backward
     if made.graphed is None or not made.layer.compiled:
         return False
     new = splice(graph, part, made.graphed, outlined.names, host)
     if replaced is not None:
         replaced(part.y, new)
     return True
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What was found in a part; `graphed` is there where it is compiled."""
+
+    layer: LayerReport
+    graphed: Graphed | None = None
+
+
+def _look(
+    outlined: Outlined, written: Outlined, candidate: Candidate, x: torch.Tensor, options: Options, backend: str
+) -> _Looked:
+    """The part as a layer; where it is a guess at what is `written`, it must give the same at the sizes of x."""
+    watch = Watch(outlined.module)
+    try:
+        found = analyse(outlined.module, ((x,), {}), lambda _: None)
+        lifted = next((one for one in found.lifted if one.name == ""), None)
+        if lifted is None:
+            return _left(candidate, "; ".join(one.reason for one in found.refused) or "it is no layer")
+        made = compile_layer(lifted, options, backend, for_graph=True)
+        made.layer.name = candidate.name
+        if made.layer.compiled and (made.graphed is None or (options.training and made.graphed.no_gradients)):
+            made.layer.status, made.layer.reason = "left alone", made.layer.evidence[-1]  # has why
+        if made.layer.compiled and made.graphed is not None and outlined is not written:
+            why = _differs(made.graphed, outlined, written, x, bar_for(lifted.dtype, lifted.longest))
+            if why:
+                made.layer.status, made.layer.reason = "left alone", why
+            made.layer.evidence = (*made.layer.evidence, f"sizes are fixed to {tuple(x.shape)}, where it was compared")
+    except MoecError as error:
+        return _left(candidate, error.message)
+    finally:
+        watch.undo()
+    return _Looked(made.layer, made.graphed)
+
+
+def _left(candidate: Candidate, reason: str) -> _Looked:
+    return _Looked(LayerReport(name=candidate.name, kind=candidate.kind, status="left alone", reason=reason))
+
+
+def _differs(graphed: Graphed, guess: Outlined, written: Outlined, x: torch.Tensor, bar: float) -> str:
+    """How the layer differs from the part as it is written, at the sizes that it has; empty if it does not."""
+    for seed, scale in enumerate(_SCALES):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = (torch.randn(x.shape, generator=generator) * scale).to(x.device, x.dtype)
+        try:
+            with torch.no_grad():
+                found = compare_results(graphed.run(guess.module, "", (tokens,), {}), written.module(tokens))
+        except Exception as error:  # the user's operations may raise anything
+            return f"at the sizes of the graph: {type(error).__name__}: {error}"
+        if found.mismatch or not found.l2 <= bar:
+            return f"at the sizes of the graph and scale {scale}: {found.mismatch or f'error {found.l2:.1e}'}"
+    return ""
+
+
+def _is_fixed(x: fx.Node) -> bool:
+    """Whether x is known to have the same sizes in every run."""
+    known = value_of(x)
+    return isinstance(known, torch.Tensor) and all(type(size) is int for size in known.shape)
 
 
 def _candidates(

@@ -60,7 +60,7 @@ def test_a_graph_module(kind: type[nn.Module], example: Any) -> None:
         agrees(fast(words(3, 9)), model(words(3, 9)))
 
 
-def test_a_static_program_is_left_as_it_is() -> None:
+def test_a_static_program() -> None:
     model = net()
     program = torch.export.export(model, (words(2, 5),))
     fast = moec.compile(program)

@@ -39,11 +39,8 @@ def outline(part: Part, weights: Mapping[fx.Node, Weight], own: Collection[str],
     graph = fx.Graph()
     x = graph.placeholder("x")
     copies: dict[fx.Node, fx.Node] = {part.x: x}
-    for node, axes in part.sizes.items():
-        for axis in axes:
-            size = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
-            known = copies.get(node)
-            copies[node] = size if known is None else graph.call_function(operator.mul, (known, size))
+    for node, size in part.sizes.items():
+        copies[node] = product_of(graph, x, size.axes, size.factor)
     root: dict[str, object] = {}
     for name, node in names.items():
         copies[node] = graph.get_attr(name)
@@ -55,6 +52,14 @@ def outline(part: Part, weights: Mapping[fx.Node, Weight], own: Collection[str],
             root[str(node.target)] = host.get_submodule(str(node.target))
     graph.output(copies[part.y])
     return Outlined(fx.GraphModule(root, graph).eval(), names)
+
+
+def product_of(graph: fx.Graph, x: fx.Node, axes: Collection[int], factor: int = 1) -> fx.Node:
+    """A new node for the product of x's sizes along these axes, times a number."""
+    first, *more = [graph.call_function(torch.ops.aten.sym_size.int, (x, axis)) for axis in axes]
+    for one in more:
+        first = graph.call_function(operator.mul, (first, one))
+    return graph.call_function(operator.mul, (first, factor)) if factor != 1 else first
 
 
 def _leaves(part: Part, weights: Mapping[fx.Node, Weight]) -> list[fx.Node]:

@@ -23,6 +23,14 @@ _IN, _OUT = "in", "out"
 
 
 @dataclass(frozen=True)
+class Product:
+    """A size: a number times the sizes of some of x's axes."""
+
+    factor: int
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Part:
     """`inside` in the graph's order, from behind `x` to `y`."""
 
@@ -30,8 +38,8 @@ class Part:
     y: fx.Node
     inside: tuple[fx.Node, ...]
     weights: tuple[fx.Node, ...]
-    sizes: Mapping[fx.Node, tuple[int, ...]]
-    """Sizes computed outside that are x's own, with the axes whose product they are."""
+    sizes: Mapping[fx.Node, Product]
+    """Sizes computed outside that follow from x's own."""
 
 
 class Flow:
@@ -117,20 +125,41 @@ class Flow:
                 if self._leaks(inside, y, core) or self._switches(inside):
                     continue
                 outside = {p for node in inside for p in self._inputs(node)} - inside - {x}
-                sizes = {node: axes for node in outside if (axes := axes_of(x, node))}
-                rest = outside - sizes.keys()
-                if rest:
+                sizes = {node: found for node in outside if (found := size_of(x, node))}
+                rest, beside = outside - sizes.keys(), self._beside(x, outside - sizes.keys(), sizes)
+                if rest and beside is None:
                     moved = moved if moved is not None else self._common({x, *rest})
                     break
                 if not self._is_written_to(x, y, inside):
-                    yield self._part(x, y, inside, sizes)
+                    yield self._part(x, y, inside | (beside or set()), sizes)
             if moved is None:
                 yield "no value takes in all that its experts compute"
                 return
             x = moved if moved != x else self._up(x)
         yield "no single value leads to its experts"
 
-    def _part(self, x: fx.Node, y: fx.Node, inside: set[fx.Node], sizes: Mapping[fx.Node, tuple[int, ...]]) -> Part:
+    def _beside(self, x: fx.Node, nodes: Collection[Any], sizes: dict[fx.Node, Product]) -> set[fx.Node] | None:
+        """These and what they are computed from, if that is sizes of x and numbers alone, such as a range of tokens.
+
+        The sizes are put into `sizes`. None where there is more to it.
+        """
+        found: set[fx.Node] = set()
+        todo = list(nodes)
+        while todo:
+            node = todo.pop()
+            if node == _IN or not is_fixed(node) or node in self.memory.writes:
+                return None
+            found.add(node)
+            for one in node.all_input_nodes:
+                size = size_of(x, one)
+                if size is not None:
+                    sizes[one] = size
+                elif one not in found and one not in self.constant:
+                    todo.append(one)
+        written = {alias for write in self.memory.writes for alias in self.memory.written(write)}
+        return found if not (found & written) else None
+
+    def _part(self, x: fx.Node, y: fx.Node, inside: set[fx.Node], sizes: Mapping[fx.Node, Product]) -> Part:
         ordered = sorted(inside, key=self.order.__getitem__)
         used = {one for node in ordered for one in node.all_input_nodes if one in self.constant}
         return Part(x, y, tuple(ordered), tuple(sorted(used, key=self.order.__getitem__)), sizes)
@@ -247,18 +276,19 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
-def axes_of(x: fx.Node, node: fx.Node) -> tuple[int, ...]:
-    """The axes of x whose sizes' product the node computes; none if it is none, or nothing is known."""
+def size_of(x: fx.Node, node: fx.Node) -> Product | None:
+    """The size that a node computes as one of x's, if it is; None if not, or if nothing is known."""
     given, size = value_of(x), value_of(node)
     if not isinstance(given, torch.Tensor) or not isinstance(size, torch.SymInt):
-        return ()
+        return None
     sizes: tuple[Any, ...] = tuple(given.shape)
     dynamic = [i for i, one in enumerate(sizes) if isinstance(one, torch.SymInt)]
     for count in range(1, len(dynamic) + 1):
         for axes in itertools.combinations(dynamic, count):
-            if math.prod(sizes[i].node.expr for i in axes) == size.node.expr:
-                return axes
-    return ()
+            factor = size.node.expr / math.prod(sizes[i].node.expr for i in axes)
+            if factor.is_Integer and factor > 0:
+                return Product(int(factor), axes)
+    return None
 
 
 def is_assertion(node: fx.Node) -> bool:

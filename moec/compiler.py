@@ -106,8 +106,9 @@ def compile_layer(lifted: Lifted, options: Options, backend: str, *, for_graph: 
     if options.verify:
         verdict = _verify(lifted, executable)
         _record(layer, verdict)
-        if verdict.passed and _grad_mode_matters(lifted):
-            layer.status, layer.reason = "left alone", "its result depends on whether gradients are being recorded"
+        mattering = _grad_mode_matters(lifted) if verdict.passed else ""
+        if mattering:
+            layer.status, layer.reason = "left alone", mattering
             return result
         if not verdict.passed:
             layer.status, layer.reason = (
@@ -202,18 +203,22 @@ def _verify(lifted: Lifted, executable: Executable) -> Verdict:
     )
 
 
-def _grad_mode_matters(lifted: Lifted) -> bool:
-    """Code may ask torch.is_grad_enabled(); what was observed holds without gradients only."""
+def _grad_mode_matters(lifted: Lifted) -> str:
+    """Why a layer may differ where gradients are recorded, empty if it does not.
+
+    Code may ask torch.is_grad_enabled(); what was observed holds without gradients only.
+    """
     probe = next(lifted.probes())
     try:
         with torch.no_grad():
             without = lifted.original(*probe.args, **probe.kwargs)
         with torch.enable_grad():
             recorded = lifted.original(*probe.args, **probe.kwargs)
-    except Exception:  # what the user's code raises in one of the modes, it raises compiled or not
-        return True
+    except Exception as error:  # what the user's code raises in one of the modes, it raises compiled or not
+        return f"its code refuses {probe.label}, with which it is verified: {type(error).__name__}: {error}"
     found = compare_results(recorded, without)
-    return bool(found.mismatch) or found.l2 > FP32_BAR
+    differs = bool(found.mismatch) or found.l2 > FP32_BAR
+    return "its result depends on whether gradients are being recorded" if differs else ""
 
 
 def _record(layer: LayerReport, verdict: Verdict) -> None:

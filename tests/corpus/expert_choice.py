@@ -164,7 +164,7 @@ class ChoiceGathered(nn.Module):
         return torch.zeros_like(rows).index_add(0, ids.flatten(), done.flatten(0, 1)).view_as(x)
 
 
-@case("choice.one_hot")
+@case("choice.one_hot", expect="compiled")
 class ChoiceOneHot(ChoiceGathered):
     """The same by a one-hot [E, C, T] in einsums."""
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Item
 from moec.frontends.torch.oplog import Log, Ref, slots
-from moec.frontends.torch.sizes import solve
+from moec.frontends.torch.sizes import Size, solve
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,15 @@ class Live:
     stride: tuple[int, ...]
     owner_shape: tuple[int, ...]
     owner_stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """`times` the size of an axis of a tensor that the block made before, such as the places that its router gave."""
+
+    slot: int
+    axis: int
+    times: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ class Aligned:
         if all(isinstance(v, Ref) for v in values):
             return self._tensor([v.slot for v in values], where)
         if all(type(v) is int for v in values):
-            size = solve(values, self.shapes)
+            size: int | Size | SizeOf | None = solve(values, self.shapes)
+            size = self._size_of(values) if size is None else size
             if size is None:
                 raise NotLifted(f"{where} takes {values[0]}, {values[1]} at two shapes, which is no size of the input")
             return size
@@ -118,6 +128,19 @@ class Aligned:
                 f"{where} takes {first!r}, {next(v for v in values if not _same(v, first))!r} at two shapes"
             )
         return first
+
+    def _size_of(self, values: Sequence[int]) -> SizeOf | None:
+        """The integers as the size of one axis of a tensor that is there, or as a number of times that."""
+        if not all(values):
+            return None
+        for slot, matched in self.match.items():
+            for same in matched:
+                shapes = [log.tensors[s].shape for log, s in zip(self.logs, same, strict=True)]
+                for axis in range(min(map(len, shapes))):
+                    times = {value / (shape[axis] or 0.3) for value, shape in zip(values, shapes, strict=True)}
+                    if len(times) == 1 and next(iter(times)) >= 1 and next(iter(times)).is_integer():
+                        return SizeOf(slot, axis, int(times.pop()))
+        return None
 
     def _tensor(self, same: list[int], where: str) -> Any:
         if tuple(same) in self.match.get(same[0], ()):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.oplog import Ref, slots
-from moec.frontends.torch.program import Live, Step
+from moec.frontends.torch.program import Live, SizeOf, Step
 from moec.frontends.torch.sizes import Size
 
 Straight = Callable[..., Any]
@@ -44,9 +44,14 @@ def used_by(steps: Sequence[Step], result: Any) -> set[int]:
     made: set[int] = set()
     used: set[int] = set()
     for step in steps:
-        used |= set(slots(step.arguments)) - made
+        used |= _read(step.arguments) - made
         made |= {slot for slot in step.outs if slot is not None}
-    return used | set(slots(result)) - made
+    return used | _read(result) - made
+
+
+def _read(tree: Any) -> set[int]:
+    """Slots whose values or sizes a template reads."""
+    return {*slots(tree), *(leaf.slot for leaf in tree_flatten(tree)[0] if isinstance(leaf, SizeOf))}
 
 
 def is_plain(name: str) -> bool:
@@ -90,6 +95,8 @@ class _Writer:
         if isinstance(tree, Size):
             plain = len(tree.factors) == 1 and tree.scale == 1 and tree.shift == 0
             return f"dims[{tree.factors[0]}]" if plain else f"{self.constant(tree)}(dims)"
+        if isinstance(tree, SizeOf):
+            return f"t{tree.slot}.shape[{tree.axis}] * {tree.times}"
         if tree is None or type(tree) in (bool, int, str):
             return repr(tree)
         if type(tree) in (tuple, list):

@@ -14,7 +14,7 @@ import torch
 from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
 from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.oplog import Ref
-from moec.frontends.torch.program import Live, Step
+from moec.frontends.torch.program import Live, SizeOf, Step
 from moec.frontends.torch.sizes import Size
 from moec.frontends.torch.straight import is_plain
 
@@ -90,6 +90,8 @@ class _Page:
             return f"v{tree.slot}"
         if isinstance(tree, Size):
             return _size(tree)
+        if isinstance(tree, SizeOf):
+            return f"v{tree.slot}.shape[{tree.axis}] * {tree.times}"
         if isinstance(tree, Live):
             return _live(tree)
         if type(tree) is list:

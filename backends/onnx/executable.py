@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from moec.backendbase import Weights
 from moec.backends.onnx.bound import run_bound
-from moec.backends.onnx.form import EXACT, Form
 from moec.backends.onnx.lower import held_weights, region_model
 from moec.backends.onnx.providers import CPU, CUDA
 from moec.backends.onnx.runtime import session, weight_bytes
@@ -34,11 +33,8 @@ class Held:
 class OrtExecutable:
     """Runs a region. ONNX Runtime keeps its own copy of the weights, made anew when `weights.version()` changed."""
 
-    def __init__(
-        self, region: Region, weights: Weights, *, form: Form = EXACT, providers: Sequence[Any] | None = None
-    ) -> None:
-        """`providers` are those of the device that holds the weights, unless they are named."""
-        self._region, self._store, self._form, self._asked = region, weights, form, providers
+    def __init__(self, region: Region, weights: Weights) -> None:
+        self._region, self._store = region, weights
         self._inputs = Inputs(region)
         self._lock = Lock()
         self._held = self._make()
@@ -87,10 +83,8 @@ class OrtExecutable:
                 self._held = self._make()
             return self._held
 
-    def _providers(self) -> Sequence[Any]:
+    def _providers(self) -> list[Any]:
         """CUDA's on the GPU that holds the weights, with fp32 left whole."""
-        if self._asked is not None:
-            return self._asked
         held = [weight[0] for weight in held_weights(self._region, self._store).values() if len(weight)]
         gpus = sorted(weight.device.index or 0 for weight in held if weight.device.type == "cuda")
         return [(CUDA, {"device_id": str(gpus[0]), "use_tf32": "0"}), CPU] if gpus else [CPU]
@@ -98,6 +92,6 @@ class OrtExecutable:
     def _make(self) -> Held:
         # Read first: a write during the copying then shows as another version on the next call.
         version = self._store.version()
-        model = region_model(self._region, self._store, form=self._form)
+        model = region_model(self._region, self._store)
         made = session(model, threads=torch.get_num_threads(), providers=self._providers())
         return Held(version, made, weight_bytes(model), tuple(node.op_type for node in model.graph))

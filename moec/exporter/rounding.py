@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from moec.backendbase import Weights
-from moec.backends.onnx.executable import OrtExecutable
 from moec.errors import MoecError
 from moec.exporter.check import MODEL_BAR, Check, Met
 from moec.exporter.result import ExportReport
 from moec.exporter.ways import Way
+from moec.exporter.written_region import WrittenRegion
 from moec.frontends.torch.lifted import Lifted
 from moec.verify import LOW_PRECISION_FACTOR, verify_layer
 
@@ -117,7 +117,7 @@ def _gaps(check: Check, label: str, mine: torch.Tensor, theirs: torch.Tensor, ex
 
 def check_lifted(lifted: Lifted, way: Way, weights: Weights, providers: Sequence[Any]) -> Check:
     """A layer in 16 bits as it will be written, in its module's place, against the module in 16 bits and in fp32."""
-    written = OrtExecutable(way.region, weights, form=way.form, providers=providers)
+    written = WrittenRegion(way.region, weights, way.form, providers)
     verdict = verify_layer(
         lifted.original,
         lambda *args, **kwargs: lifted.call(lifted.module, written, args, kwargs),

@@ -10,7 +10,7 @@ from typing import Any
 from moec.backends.onnx import activations, own_moe
 from moec.backends.onnx.combining import sum_slots
 from moec.backends.onnx.grouping import count_rows, expert_keys, gather, groups_of, sort
-from moec.backends.onnx.integer import ByteRows, can_defer, gated_integer
+from moec.backends.onnx.integer import ByteRows, can_defer, gated_integer, growth, unscaled
 from moec.backends.onnx.lowering import Groups, Lowering, wide_dtype
 from moec.backends.onnx.products import dense, grouped, in_integers
 from moec.ir import DenseFfn, ExpertFfn, ExpertGlu, Gather
@@ -32,12 +32,11 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> list[Any]:
     token = order if k == 1 else emit.op("Div", order, slots, name="token_of_row")
     x = low.wide(op.x)
     if in_integers(low, op.scale_in, kind):
-        rows = ByteRows.of(emit, x).gather(emit, token)
+        rows = ByteRows.of(emit, x, growth=growth(op, low)).gather(emit, token)
     else:
         rows = emit.op("Gather", x, token, axis=0, name="rows")
-    a = _activated(op, low, rows, groups, kind)
-    y = grouped(low, a, groups, op.w_out, op.b_out, op.scale_out, kind)
-    total = _weighted(op, low, y, order, inside, kind)
+    y, scale = _results(op, low, _activated(op, low, rows, groups, kind), groups, kind)
+    total = _weighted(op, low, y, scale, order, inside, kind)
     return [low.rounded(total, op.x.type.dtype, wide_dtype(op.x.type.dtype, op.weights.type.dtype))]
 
 
@@ -50,13 +49,22 @@ def _activated(op: ExpertFfn, low: Lowering, rows: Any, groups: Groups, kind: st
     return activations.fused(low.emit, h, u, op, kind, _width(op, op.w_in.type.shape[1].constant))
 
 
+def _results(op: ExpertFfn, low: Lowering, a: Any, groups: Groups, kind: str) -> tuple[Any, Any | None]:
+    """a[R, F] -> [R, O], and the scales f32[R, 1] of its rows, which then go to the routers' weights."""
+    if isinstance(a, ByteRows) and op.b_out is None and op.scale_out is not None:
+        return unscaled(low, a, groups, op.w_out, op.scale_out, None), a.scale
+    return grouped(low, a, groups, op.w_out, op.b_out, op.scale_out, kind), None
+
+
 def _width(op: FusedActivation, outputs: int | None) -> int:
     """F, where a matrix with this many outputs may hold gate and up."""
     assert outputs is not None
     return outputs if op.layout in ("none", "pair") else outputs // 2
 
 
-def _weighted(op: ExpertFfn, low: Lowering, y: Any, order: Any, inside: Any | None, kind: str) -> Any:
+def _weighted(
+    op: ExpertFfn, low: Lowering, y: Any, scale: Any | None, order: Any, inside: Any | None, kind: str
+) -> Any:
     """y[R, O] in the order of experts -> [T, O]. Rows of no expert are zeros, and their weights may be anything."""
     emit = low.emit
     total = wide_dtype(op.x.type.dtype, op.weights.type.dtype)
@@ -64,13 +72,16 @@ def _weighted(op: ExpertFfn, low: Lowering, y: Any, order: Any, inside: Any | No
     if op.weights.type.dtype != total and op.weights.type.dtype == "f32":
         weights = emit.cast(weights, total)
     y = y if kind == total else emit.cast(y, total)
-    flat = emit.reshape(weights, -1)
-    if inside is not None:
-        flat = emit.op("Where", inside, flat, emit.scalar(0, total))
     count = emit.op("Squeeze", emit.op("Shape", order), emit.ints(0))
     place = emit.op("ScatterElements", order, order, emit.range(count), axis=0, name="row_of_slot")
+    factors = emit.reshape(weights, -1, 1)
+    if scale is not None:
+        scale = scale if total == "f32" else emit.cast(scale, total)
+        factors = emit.op("Mul", factors, emit.op("Gather", scale, place, axis=0, name="scale_of_slot"))
+    if inside is not None:
+        factors = emit.op("Where", emit.op("Unsqueeze", inside, emit.ints(1)), factors, emit.scalar(0, total))
     mine = emit.op("Gather", y, place, axis=0, name="rows_of_token")
-    part = emit.op("Mul", mine, emit.op("Unsqueeze", flat, emit.ints(1)), name="weighted")
+    part = emit.op("Mul", mine, factors, name="weighted")
     width = op.w_out.type.shape[1].constant
     assert width is not None
     return sum_slots(low, part, weights, width)

@@ -39,15 +39,40 @@ def quantize(emit: Emitter, x: Any, last: int) -> tuple[Any, Any]:
     return emit.op("Round", emit.op("Div", x, scale), name="rounded"), scale
 
 
-def as_bytes(emit: Emitter, rows: Any) -> tuple[Any, Any]:
-    """rows[R, C] f32 -> uint8[R, C] around 128, scale f32[R, 1]: symmetric, half to even."""
-    scale = row_scales(emit, rows, 1)
-    each = emit.op("Squeeze", scale, emit.ints(1))
-    middle = emit.op("Expand", emit.constant(np.array(128, dtype=np.uint8), "middle"), emit.op("Shape", each))
-    return emit.op("QuantizeLinear", rows, each, middle, axis=0, name="bytes"), scale
+# A row whose numbers are all smaller than this becomes zeros.
+LEAST_ROW = 1e-37
 
 
-def _product(low: Lowering, rows: Any, matrix: torch.Tensor, scale: torch.Tensor, name: str) -> Any:
+def byte_scales(emit: Emitter, rows: Any, *, growth: float | None, finite: bool = False) -> Any:
+    """rows[R, C] f32 -> f32[R]: the largest number of a row becomes 127.
+
+    `finite`: no number here is infinite or not a number, so that need not be looked for. `growth`: what is computed
+    from a row is at most its scale times this; where that may overflow the row's scale is not a number.
+    """
+    most = emit.op("ReduceMax", emit.op("Abs", rows), emit.ints(1), keepdims=0)
+    scale = emit.op("Div", emit.op("Max", most, emit.scalar(LEAST_ROW, "f32")), emit.scalar(127, "f32"), name="scale")
+    if finite:
+        return scale
+    # ReduceMax may overlook what is not a number; 0 is added to the scales of all other rows.
+    odd = emit.op("ReduceSum", rows, emit.ints(1), keepdims=0)
+    if growth is not None:
+        odd = emit.op("Add", odd, emit.op("Mul", scale, emit.scalar(growth, "f32")))
+    return emit.op("Add", scale, emit.op("Mul", odd, emit.scalar(0, "f32")))
+
+
+def middles(emit: Emitter, scales: Any) -> Any:
+    """A zero point for each row, uint8[R]."""
+    return emit.op("Expand", emit.constant(np.array(128, dtype=np.uint8), "middle"), emit.op("Shape", scales))
+
+
+def as_bytes(emit: Emitter, rows: Any, *, growth: float | None = None, finite: bool = False) -> tuple[Any, Any]:
+    """rows[R, C] f32 -> uint8[R, C] around 128, scale f32[R, 1]: symmetric, half to even; see `byte_scales`."""
+    scale = byte_scales(emit, rows, growth=growth, finite=finite)
+    found = emit.op("QuantizeLinear", rows, scale, middles(emit, scale), axis=0, name="bytes")
+    return found, emit.op("Unsqueeze", scale, emit.ints(1))
+
+
+def product(low: Lowering, rows: Any, matrix: torch.Tensor, scale: torch.Tensor, name: str) -> Any:
     """rows uint8[R, C], i8[N, C], f32[N] -> f32[R, N], without the rows' scales."""
     emit = low.emit
     w = emit.tensor(f"{name}.weight", matrix.T)
@@ -66,25 +91,27 @@ class ByteRows:
 
     bytes: Any
     scale: Any
+    bounded: bool = False
+    """What lies between the products is finite where the scale is."""
 
     @classmethod
-    def of(cls, emit: Emitter, rows: Any) -> ByteRows:
-        return cls(*as_bytes(emit, rows))
+    def of(cls, emit: Emitter, rows: Any, *, growth: float | None = None, finite: bool = False) -> ByteRows:
+        return cls(*as_bytes(emit, rows, growth=growth, finite=finite), bounded=growth is not None)
 
     def gather(self, emit: Emitter, token: Any) -> ByteRows:
         """Those of the tokens named, each token rounded once however many experts it goes to."""
         found = emit.op("Gather", self.bytes, token, axis=0, name="rows")
-        return ByteRows(found, emit.op("Gather", self.scale, token, axis=0, name="scales"))
+        return ByteRows(found, emit.op("Gather", self.scale, token, axis=0, name="scales"), self.bounded)
 
 
 def grouped_integer(low: Lowering, rows: ByteRows, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
     """Rows sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
-    sums = low.emit.op("Mul", _unscaled(low, rows, groups, w, scale, None), rows.scale)
+    sums = low.emit.op("Mul", unscaled(low, rows, groups, w, scale, None), rows.scale)
     experts = w.type.shape[0].constant or 0
     return sums if b is None else low.emit.op("Add", sums, _biases(low, b, groups, experts))
 
 
-def _unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Value, half: int | None) -> Any:
+def unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Value, half: int | None) -> Any:
     """Rows sorted by expert -> f32[R, N], or the first or second half of N, without the rows' scales."""
     from moec.backends.onnx.products import parted, together  # which chooses between this and exact products
 
@@ -94,7 +121,7 @@ def _unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Va
     parts = parted(low, rows.bytes, groups, experts)
     name = "expert" if half is None else f"half{half}_of_expert"
     found = [
-        _product(low, parts[e], low.matrix(w, e)[some], low.matrix(scale, e)[some], f"{name}_{e}")
+        product(low, parts[e], low.matrix(w, e)[some], low.matrix(scale, e)[some], f"{name}_{e}")
         for e in range(experts)
     ]
     return together(low, found, groups, width, "f32")
@@ -110,6 +137,28 @@ def can_defer(op: ExpertFfn) -> bool:
     return op.layout in ("pair", "concat", "concat_up_first") and op.limit is None and op.up_shift == 0 and no_bias
 
 
+# Of these, none is larger than what it is given.
+SHRINKING = ("silu", "quick_gelu", "gelu", "gelu_tanh", "relu", "identity", "tanh")
+
+
+def growth(op: ExpertFfn, low: Lowering) -> float | None:
+    """How many times a row's scale what lies between the products is at most, before up's own scale; None for no bound.
+
+    Rows that may overflow get a scale that is not a number when they are rounded first, so that the rows between the
+    products, which are many more numbers, need not be searched for it.
+    """
+    if not can_defer(op) or op.fn not in SHRINKING:
+        return None
+    peaks = [1.0]
+    for w, scale in ((op.w_in, op.scale_in), (op.w_up, op.scale_up)):
+        for e in range(op.w_in.type.shape[0].constant or 0) if w is not None and scale is not None else ():
+            # -128 stays so in int8, and is 128 as the byte it is.
+            sums = low.matrix(w, e).abs().view(torch.uint8).sum(1, dtype=torch.float32)
+            peaks.append(127 * float((sums * low.matrix(scale, e).float()).max()))
+    most = max(peaks) ** 2
+    return most if all(peak < 1e15 for peak in peaks) else None
+
+
 def gated_integer(op: ExpertFfn, low: Lowering, rows: ByteRows, groups: Groups) -> ByteRows:
     """rows -> act(gate) * up, rounded anew: up's factor for each row goes into the new scale."""
     from moec.backends.onnx.activations import activate, split
@@ -117,16 +166,17 @@ def gated_integer(op: ExpertFfn, low: Lowering, rows: ByteRows, groups: Groups) 
     emit = low.emit
     assert op.scale_in is not None
     if op.w_up is not None and op.scale_up is not None:
-        gate = _unscaled(low, rows, groups, op.w_in, op.scale_in, None)
-        up = _unscaled(low, rows, groups, op.w_up, op.scale_up, None)
+        gate = unscaled(low, rows, groups, op.w_in, op.scale_in, None)
+        up = unscaled(low, rows, groups, op.w_up, op.scale_up, None)
     elif (op.w_in.type.shape[0].constant or 0) <= FEW_EXPERTS:
-        first, second = (_unscaled(low, rows, groups, op.w_in, op.scale_in, half) for half in (0, 1))
+        first, second = (unscaled(low, rows, groups, op.w_in, op.scale_in, half) for half in (0, 1))
         gate, up = (second, first) if op.layout == "concat_up_first" else (first, second)
     else:
-        both = _unscaled(low, rows, groups, op.w_in, op.scale_in, None)
+        both = unscaled(low, rows, groups, op.w_in, op.scale_in, None)
         gate, up = split(emit, both, op.layout, (op.w_in.type.shape[1].constant or 0) // 2)
     gate = activate(emit, emit.op("Mul", gate, rows.scale), op, "f32")
-    found = ByteRows.of(emit, emit.op("Mul", gate, up, name="activated"))
+    hidden = emit.op("Mul", gate, up, name="activated")
+    found = ByteRows.of(emit, hidden, finite=rows.bounded)
     return ByteRows(found.bytes, emit.op("Mul", found.scale, rows.scale))
 
 
@@ -153,7 +203,7 @@ def integer_linear(low: Lowering, x: Any, w: Value, b: Value | None, scale: Valu
     emit = low.emit
     inputs, outputs = w.type.shape[1].constant or 0, w.type.shape[0].constant or 0
     rows, factors = as_bytes(emit, x if rank == 2 else emit.reshape(x, -1, inputs))
-    sums = _product(low, rows, whole(low.held[w.name]), whole(low.held[scale.name]), "product")
+    sums = product(low, rows, whole(low.held[w.name]), whole(low.held[scale.name]), "product")
     found = emit.op("Mul", sums, factors)
     found = found if b is None else emit.op("Add", found, low.wide(b))
     if rank == 2:

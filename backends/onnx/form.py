@@ -23,6 +23,8 @@ class Form:
 
     experts: Experts = "sorted"
     products: Products = "exact"
+    chained: bool = False
+    """Of sorted rows: each expert's products stand one behind the other, instead of all experts' side by side."""
     bits: int = 8
     """Of a weight, where this form itself rounds weights: "qmoe" and "blocks"."""
     block: int = 128

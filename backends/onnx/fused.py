@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moec.backends.onnx import activations, own_moe
+from moec.backends.onnx.chains import can_chain, chained
 from moec.backends.onnx.combining import sum_slots
 from moec.backends.onnx.grouping import count_rows, expert_keys, gather, groups_of, sort
 from moec.backends.onnx.integer import ByteRows, can_defer, gated_integer, growth, unscaled
@@ -33,9 +34,13 @@ def expert_ffn(op: ExpertFfn, low: Lowering) -> list[Any]:
     x = low.wide(op.x)
     if in_integers(low, op.scale_in, kind):
         rows = ByteRows.of(emit, x, growth=growth(op, low)).gather(emit, token)
+        rows = rows if inside is None else rows.only(emit, emit.op("Gather", inside, order, axis=0))
     else:
         rows = emit.op("Gather", x, token, axis=0, name="rows")
-    y, scale = _results(op, low, _activated(op, low, rows, groups, kind), groups, kind)
+    if low.form.chained and can_chain(op, low, rows):
+        y, scale = chained(op, low, rows, groups, kind)
+    else:
+        y, scale = _results(op, low, _activated(op, low, rows, groups, kind), groups, kind)
     total = _weighted(op, low, y, scale, order, inside, kind)
     return [low.rounded(total, op.x.type.dtype, wide_dtype(op.x.type.dtype, op.weights.type.dtype))]
 
@@ -52,7 +57,7 @@ def _activated(op: ExpertFfn, low: Lowering, rows: Any, groups: Groups, kind: st
 def _results(op: ExpertFfn, low: Lowering, a: Any, groups: Groups, kind: str) -> tuple[Any, Any | None]:
     """a[R, F] -> [R, O], and the scales f32[R, 1] of its rows, which then go to the routers' weights."""
     if isinstance(a, ByteRows) and op.b_out is None and op.scale_out is not None:
-        return unscaled(low, a, groups, op.w_out, op.scale_out, None), a.scale
+        return unscaled(low, a, groups, op.w_out, op.scale_out), a.scale
     return grouped(low, a, groups, op.w_out, op.b_out, op.scale_out, kind), None
 
 

@@ -7,7 +7,7 @@ MatMulIntegerToFloat writes f32 times the weights' scales at once, where the sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,32 +103,27 @@ class ByteRows:
         found = emit.op("Gather", self.bytes, token, axis=0, name="rows")
         return ByteRows(found, emit.op("Gather", self.scale, token, axis=0, name="scales"), self.bounded)
 
+    def only(self, emit: Emitter, kept: Any) -> ByteRows:
+        """The same with a scale of 0 where not kept[R], so that zeros stay zeros whatever the row is."""
+        kept = emit.op("Unsqueeze", kept, emit.ints(1))
+        return replace(self, scale=emit.op("Where", kept, self.scale, emit.scalar(0, "f32")))
+
 
 def grouped_integer(low: Lowering, rows: ByteRows, groups: Groups, w: Value, b: Value | None, scale: Value) -> Any:
     """Rows sorted by expert -> f32[R, N]; rows of no expert come out as zeros."""
-    sums = low.emit.op("Mul", unscaled(low, rows, groups, w, scale, None), rows.scale)
+    sums = low.emit.op("Mul", unscaled(low, rows, groups, w, scale), rows.scale)
     experts = w.type.shape[0].constant or 0
     return sums if b is None else low.emit.op("Add", sums, _biases(low, b, groups, experts))
 
 
-def unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Value, half: int | None) -> Any:
-    """Rows sorted by expert -> f32[R, N], or the first or second half of N, without the rows' scales."""
+def unscaled(low: Lowering, rows: ByteRows, groups: Groups, w: Value, scale: Value) -> Any:
+    """Rows sorted by expert -> f32[R, N], without the rows' scales."""
     from moec.backends.onnx.products import parted, together  # which chooses between this and exact products
 
     experts, outputs = w.type.shape[0].constant or 0, w.type.shape[1].constant or 0
-    width = outputs if half is None else outputs // 2
-    some = slice((half or 0) * width, (half or 0) * width + width)
     parts = parted(low, rows.bytes, groups, experts)
-    name = "expert" if half is None else f"half{half}_of_expert"
-    found = [
-        product(low, parts[e], low.matrix(w, e)[some], low.matrix(scale, e)[some], f"{name}_{e}")
-        for e in range(experts)
-    ]
-    return together(low, found, groups, width, "f32")
-
-
-# With more experts, more nodes cost more than fewer passes over the rows save.
-FEW_EXPERTS = 16
+    found = [product(low, parts[e], low.matrix(w, e), low.matrix(scale, e), f"expert_{e}") for e in range(experts)]
+    return together(low, found, groups, outputs, "f32")
 
 
 def can_defer(op: ExpertFfn) -> bool:
@@ -149,14 +144,17 @@ def growth(op: ExpertFfn, low: Lowering) -> float | None:
     """
     if not can_defer(op) or op.fn not in SHRINKING:
         return None
-    peaks = [1.0]
-    for w, scale in ((op.w_in, op.scale_in), (op.w_up, op.scale_up)):
-        for e in range(op.w_in.type.shape[0].constant or 0) if w is not None and scale is not None else ():
-            # -128 stays so in int8, and is 128 as the byte it is.
-            sums = low.matrix(w, e).abs().view(torch.uint8).sum(1, dtype=torch.float32)
-            peaks.append(127 * float((sums * low.matrix(scale, e).float()).max()))
-    most = max(peaks) ** 2
-    return most if all(peak < 1e15 for peak in peaks) else None
+    pairs = [(op.w_in, op.scale_in), (op.w_up, op.scale_up)]
+    # -128 stays so in int8, and is 128 as the byte it is.
+    peaks = [
+        127 * float((q.abs().view(torch.uint8).sum(1, dtype=torch.float32) * factors.float()).max())
+        for w, scale in pairs
+        if w is not None and scale is not None
+        for q, factors in ((low.matrix(w, e), low.matrix(scale, e)) for e in range(w.type.shape[0].constant or 0))
+    ]
+    if not all(peak < 1e15 for peak in peaks):
+        return None
+    return max(1.0, *peaks) ** 2
 
 
 def gated_integer(op: ExpertFfn, low: Lowering, rows: ByteRows, groups: Groups) -> ByteRows:
@@ -166,13 +164,10 @@ def gated_integer(op: ExpertFfn, low: Lowering, rows: ByteRows, groups: Groups) 
     emit = low.emit
     assert op.scale_in is not None
     if op.w_up is not None and op.scale_up is not None:
-        gate = unscaled(low, rows, groups, op.w_in, op.scale_in, None)
-        up = unscaled(low, rows, groups, op.w_up, op.scale_up, None)
-    elif (op.w_in.type.shape[0].constant or 0) <= FEW_EXPERTS:
-        first, second = (unscaled(low, rows, groups, op.w_in, op.scale_in, half) for half in (0, 1))
-        gate, up = (second, first) if op.layout == "concat_up_first" else (first, second)
+        gate = unscaled(low, rows, groups, op.w_in, op.scale_in)
+        up = unscaled(low, rows, groups, op.w_up, op.scale_up)
     else:
-        both = unscaled(low, rows, groups, op.w_in, op.scale_in, None)
+        both = unscaled(low, rows, groups, op.w_in, op.scale_in)
         gate, up = split(emit, both, op.layout, (op.w_in.type.shape[1].constant or 0) // 2)
     gate = activate(emit, emit.op("Mul", gate, rows.scale), op, "f32")
     hidden = emit.op("Mul", gate, up, name="activated")

@@ -29,10 +29,13 @@ from moec.ir import ExpertFfn
 from moec.writing import write_text
 
 USUAL = (1, 32, 256)
-# Of one thread: bytes of weights a second, and operations (two for each product) in rows' int8 products and in QMoE's.
-BANDWIDTH, ROWS_RATE, QMOE_RATE = 30e9, 630e9, 230e9
-# Seconds for each node that finds no rows, and for all others of the form.
-NODE, ROWS_FIXED, QMOE_FIXED = 1.6e-6, 6e-5, 1e-4
+# Of one thread: bytes of weights a second, and operations (two for each product) in products of floats, of rows in
+# int8, and in QMoE's.
+BANDWIDTH, EXACT_RATE, ROWS_RATE, QMOE_RATE = 30e9, 175e9, 630e9, 230e9
+# Seconds for a product that finds no rows, for any other node that does, and for all that a form does besides.
+PRODUCT, NODE, ROWS_FIXED, QMOE_FIXED = 1.6e-6, 5e-7, 6e-5, 1e-4
+# Seconds for each number between an expert's products, where experts are put together and taken apart again.
+TOGETHER = 1.2e-9
 
 
 def fastest_first(
@@ -68,11 +71,16 @@ def estimate(op: ExpertFfn, form: Form, tokens: int) -> float:
     rows_in, d, out, f = (size.constant or 0 for size in matrices)
     weights = rows_in * d * (2 if op.layout == "pair" else 1) + out * f
     hit = experts * (1 - (1 - k / experts) ** tokens)
-    reading: float = hit * weights * form.bits / 8 / BANDWIDTH
-    work = 2.0 * tokens * k * weights
+    rows = tokens * k
+    exact = form.experts == "sorted" and form.products == "exact"
+    reading: float = hit * weights * (32 if exact else form.bits) / 8 / BANDWIDTH
+    work = 2.0 * rows * weights
     if form.experts == "qmoe":
         return reading + work / QMOE_RATE + QMOE_FIXED
-    return reading + work / ROWS_RATE + ROWS_FIXED + 2 * experts * NODE
+    products = reading + work / (EXACT_RATE if exact else ROWS_RATE) + ROWS_FIXED
+    if form.chained:
+        return products + experts * (3 * PRODUCT + (2 if exact else 9) * NODE)
+    return products + 2 * experts * PRODUCT + rows * f * TOGETHER
 
 
 def measured(found: Sequence[Way], weights: Weights, tokens: Sequence[int]) -> dict[str, list[float]]:

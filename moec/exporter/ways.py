@@ -35,7 +35,9 @@ def ways(exact: Region, settings: Settings) -> Iterator[Way]:
     if settings.quantize is None:
         if settings.target == "cuda":
             yield _own(exact, Form(experts="moe"))
-        yield Way(_each(exact), exact, EXACT)
+            yield Way(_each(exact), exact, EXACT)
+        else:
+            yield from _each_way(Way(_each(exact), exact, EXACT))
     elif settings.quantize == "int4":
         yield from _int4(exact, settings)
     else:
@@ -46,6 +48,16 @@ def _each(region: Region) -> str:
     return "sorted rows, a product for each expert" if num_experts(region) > 1 else "a product for each matrix"
 
 
+def _each_way(way: Way) -> Iterator[Way]:
+    """Sorted rows with the experts' products side by side, and one behind the other where that can be: rivals."""
+    if num_experts(way.region) == 1 or expert_op(way.region) is None:
+        yield way
+        return
+    yield replace(way, rival=True)
+    title = way.title.replace("a product for each expert", "a chain for each expert")
+    yield replace(way, title=title, form=replace(way.form, chained=True), rival=True)
+
+
 def _int8(exact: Region, settings: Settings) -> Iterator[Way]:
     quantized, _ = run(exact, default_passes(Options.make(quantize="int8")))
     each = _each(exact)
@@ -54,9 +66,9 @@ def _int8(exact: Region, settings: Settings) -> Iterator[Way]:
         yield from _qmoe(exact, settings, 8, (128, 64))
     elif settings.target == "cpu":
         title = f"{by_rows.title}, MatMulIntegerToFloat"
-        yield Way(title, quantized, Form(products="integer_to_float"), rival=True)
+        yield from _each_way(Way(title, quantized, Form(products="integer_to_float")))
         yield from (replace(way, rival=not way.why_not) for way in _qmoe(exact, settings, 8, (128, 64, 32)))
-    yield by_rows
+    yield from [by_rows] if settings.target != "portable" else _each_way(by_rows)
     yield Way(f"{each}, int8 weights widened before it", quantized, EXACT)
 
 

@@ -22,8 +22,8 @@ def layer(e: int, k: int, d: int, f: int) -> Region:
     return optimised(mixtral_layer("m", e=e, k=k, d=d, f=f, layout="concat", fn="silu"))
 
 
-def rivals(region: Region) -> list[Way]:
-    return [way for way in ways(region, Settings.make("m.onnx", target="cpu", quantize="int8")) if way.rival]
+def rivals(region: Region, quantize: str | None = "int8") -> list[Way]:
+    return [way for way in ways(region, Settings.make("m.onnx", target="cpu", quantize=quantize)) if way.rival]
 
 
 def first(region: Region, *tokens: int) -> str:
@@ -40,6 +40,21 @@ def test_the_model_takes_what_was_faster_where_it_was_measured() -> None:
         assert first(region, 32) == first(region, 256) == first(region) == first(region, 1, 32, 256) == "sorted"
 
 
+def chained(region: Region, quantize: str | None, *tokens: int) -> bool:
+    order, _ = fastest_first(rivals(region, quantize), store(layer(2, 1, 32, 32)), tokens, tune=False)
+    return next(way.form.chained for way in order if way.form.experts == "sorted")
+
+
+def test_the_model_chains_few_experts_and_many_rows() -> None:
+    small, large = layer(64, 8, 1024, 512), layer(8, 2, 1024, 3584)
+    for quantize in (None, "int8"):
+        assert chained(large, quantize)
+        assert not chained(small, quantize)
+        assert not chained(small, quantize, 1)
+        assert chained(small, quantize, 256)
+    assert not chained(large, "int8", 1)
+
+
 def test_measuring_is_kept_and_a_damaged_cache_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEC_CACHE", str(tmp_path))
     region = layer(4, 2, 64, 64)
@@ -48,14 +63,14 @@ def test_measuring_is_kept_and_a_damaged_cache_is_not_read(tmp_path: Path, monke
     order, told = fastest_first(found, weights, (1, 3), tune=True)
     assert told.startswith("measured here, at 1, 3 tokens: ")
     kept = json.loads(cache_file().read_text())
-    assert len(kept) == 4
+    assert len(kept) == 2 * len(found) == 6
 
     slow = {key: (9.0 if order[0].title in key else 1.0) for key in kept}
     cache_file().write_text(json.dumps(slow))
     assert fastest_first(found, weights, (1, 3), tune=True)[0][0] is not order[0]
     for damaged in ("{", "[1]", '{"a": "b"}'):
         cache_file().write_text(damaged)
-        assert len(fastest_first(found, weights, (3,), tune=True)[0]) == 2
+        assert len(fastest_first(found, weights, (3,), tune=True)[0]) == len(found)
 
 
 def choose_effort() -> object:

@@ -48,21 +48,56 @@ def test_every_form_stays_near(make: str, at: dict[str, Any]) -> None:
     assert 1e-4 < check.max_error < 0.06
 
 
-@pytest.mark.parametrize("experts", [6, 20])
-@pytest.mark.parametrize("form", [INTEGER, Form(products="integer_to_float")], ids=lambda form: str(form.products))
-@pytest.mark.parametrize("layout", ["concat", "concat_up_first", "pair", "interleaved"])
-def test_every_place_of_gate_and_up(layout: str, form: Form, experts: int) -> None:
-    """With few experts and with many, in both products; down to no token at all."""
-    region = mixtral_layer("m", e=experts, k=2, d=32, f=24, layout=layout, fn="silu")
+SORTED = [Form(products=p, chained=chained) for p in ("integer", "integer_to_float") for chained in (False, True)]
+each_form = pytest.mark.parametrize("form", SORTED, ids=lambda form: f"{form.products}-{form.chained}")
+
+
+def written_as(exact: Region, form: Form) -> Region:
+    """The region as it is written in this form."""
+    found = [w for t in ("portable", "cpu") for w in ways(exact, Settings.make("m.onnx", target=t, quantize="int8"))]
+    return next(way.region for way in found if way.form == form)
+
+
+@each_form
+@pytest.mark.parametrize(
+    "at", [*FORMS, *({"layout": one} for one in ("concat_up_first", "interleaved_up_first"))], ids=str
+)
+def test_every_place_of_gate_and_up(at: dict[str, Any], form: Form) -> None:
+    """In both products, side by side and one behind the other; down to no token at all."""
+    region = mixtral_layer("m", e=6, k=2, d=32, f=24, **{"fn": "silu", **at})
     weights = store(region)
     exact = optimised(region)
-    found = [way for way in ways(exact, Settings.make("m.onnx", target="cpu", quantize="int8")) if way.form == form]
-    check = check_region(exact, found[0].region, weights, form, 2e-6)
+    region = written_as(exact, form)
+    check = check_region(exact, region, weights, form, 2e-6)
     assert check.passed, check.why
-    assert 1e-4 < check.max_error < 0.04
+    assert 1e-4 < check.max_error < 0.06
     none = [torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, 2)]
-    (empty,) = run(session(region_model(found[0].region, weights, form=form)), none)
+    (empty,) = run(session(region_model(region, weights, form=form)), none)
     assert empty.shape == (0, 32)
+
+
+@each_form
+@pytest.mark.parametrize("at", FORMS, ids=lambda at: str(at["layout"]))
+def test_what_is_no_number_stays_none(at: dict[str, Any], form: Form) -> None:
+    """Also where only what lies between the products overflows, and never beyond its own token."""
+    exact = optimised(mixtral_layer("m", e=6, k=2, d=32, f=24, **at))
+    weights = store(exact)
+    runtime = session(region_model(written_as(exact, form), weights, form=form))
+    x, ids = torch.randn(9, 32), torch.randint(0, 6, (9, 2), dtype=torch.int32)
+    factors = torch.rand(9, 2)
+    (alone,) = run(runtime, [x, ids, factors])
+    for row, value in ((0, float("nan")), (1, float("inf")), (2, -float("inf")), (3, 3e38)):
+        x[row, 5] = value
+    x[4] *= 1e38 / x[4].abs().max()
+    x[5] = 0
+    ids[6] = -1
+    x[6] = float("nan")
+    (found,) = run(runtime, [x, ids, factors])
+    assert not found[:3].isfinite().any()
+    if at["layout"] in ("concat", "pair"):  # gate times up is beyond f32
+        assert not found[3:5].isfinite().any()
+    assert not found[6].any()
+    assert torch.equal(found[7:], alone[7:])
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
+from moec.exporter import attention
 from moec.exporter.calls import Mark, call_marked
 from moec.exporter.marks import experts_mark, ffn_mark, translations
 from moec.exporter.wider import widen_first
@@ -174,7 +175,7 @@ def trace(
                 dynamo=True,
                 input_names=list(layout.names),
                 output_names=outputs,
-                custom_translation_table=translations(),
+                custom_translation_table={**translations(), **attention.translations()},
                 verbose=False,
             )
     except MoecError:

@@ -6,8 +6,11 @@ rewritten by moec. Beside the medians: errors against PyTorch, sizes and load ti
     python examples/benchmarks/onnx_experts.py [--layers E8k2D1024F3584 ...] [--tokens 1 32 256] [--rounds 9]
                                                [--threads 2] [--cpu-time]
 
-Behind the table it says which of the project's goals these numbers meet. `--cpu-time` counts what the process used
-instead of what the clock says: with one thread, that is steadier on a machine with other work.
+Behind the table it says which of the project's goals these numbers meet, and how far the runs of one file lie apart:
+where that is wide, the machine had other work, and medians of few rounds say little. `floor ms` is the least that the
+experts may take: reading the weights of those that are hit, or their products at the highest rate that ONNX Runtime
+reaches here, whichever is longer; what surrounds them comes on top. `--cpu-time` counts what the process used instead
+of what the clock says: with one thread, that is steadier on a machine with other work.
 
 T tokens, K experts per token, E experts, D model width, F expert width.
 """
@@ -18,19 +21,20 @@ import argparse
 import contextlib
 import io
 import logging
-import re
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 import transformers
+from onnx_floors import Machine, best_here, sizes_of
 
 import moec
 from moec.environment import machine, versions
@@ -42,6 +46,8 @@ FP32, INT8 = "moec, from PyTorch", "moec, int8"
 GOALS = {1: 2.2, 32: 3.0, 256: 2.7}
 MOST_ERROR = 3.5e-2
 THEIRS = "transformers' export"
+# Runs of one file that lie further apart than this, last decile over first, say that the machine had other work.
+STEADY = 1.15
 
 
 @contextlib.contextmanager
@@ -59,9 +65,7 @@ def quiet() -> Iterator[None]:
 
 def mixtral(layer: str) -> Any:
     """One layer of Mixtral with random weights, and a small vocabulary, so that its experts are most of the work."""
-    found = re.fullmatch(r"E(\d+)k(\d+)D(\d+)F(\d+)", layer)
-    assert found is not None, f"{layer!r} is no layer; write it like {LAYERS[0]}"
-    experts, k, width, hidden = map(int, found.groups())
+    experts, k, width, hidden = sizes_of(layer)
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=1000,
@@ -113,19 +117,20 @@ def loaded(path: Path, threads: int) -> tuple[Any, float]:
     return session, time.perf_counter() - start
 
 
-def medians(calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Milliseconds of each, all of them in turns."""
+def timed(calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Milliseconds of each, all of them in turns, ascending."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for turn in range(rounds + 2):
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+        # Always in one order: whoever ran twice in a row would find its weights in the caches.
+        for name in order:
             # Threads of the one before may still be spinning.
             time.sleep(0.01)
             start = clock()
             calls[name]()
             if turn > 1:
                 times[name].append((clock() - start) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: sorted(found) for name, found in times.items()}
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,16 @@ class Row:
     tokens: int
     file: str
     ms: float
+    """The median."""
+    least: float
+    spread: float
+    """The last decile over the first."""
     faster: float
-    """Than transformers' export."""
+    """Than transformers' export, by medians."""
+    faster_least: float
+    """The same by the fastest runs of both."""
+    floor: float
+    """Milliseconds that the experts take at least; see `Machine.floor`."""
     error: float
     size: int
     load: float
@@ -145,7 +158,11 @@ class Row:
     def cells(self) -> list[str]:
         numbers = [
             milliseconds(self.ms),
+            milliseconds(self.least),
+            f"{self.spread:.2f}",
             f"{self.faster:.2f}x",
+            f"{self.faster_least:.2f}x",
+            milliseconds(self.floor),
             f"{self.error:.1e}",
             size(self.size),
             f"{self.load:.2f}",
@@ -153,7 +170,9 @@ class Row:
         return [self.layer, str(self.tokens), self.file, *numbers]
 
 
-def measure(layer: str, tokens: Sequence[int], rounds: int, threads: int, clock: Callable[[], float]) -> Iterator[Row]:
+def measure(
+    layer: str, tokens: Sequence[int], rounds: int, threads: int, clock: Callable[[], float], best: Machine
+) -> Iterator[Row]:
     """A row for each contestant and number of tokens."""
     model = mixtral(layer)
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
@@ -164,14 +183,22 @@ def measure(layer: str, tokens: Sequence[int], rounds: int, threads: int, clock:
             ids = torch.randint(3, 1000, (1, count))
             with torch.no_grad():
                 exact = model(input_ids=ids, use_cache=False).logits
-            calls = {
-                name: lambda s=session: s.run(["logits"], {"input_ids": ids.numpy()})  # type: ignore[misc]  # noqa: B023
-                for name, (session, _) in sessions.items()
+            feed = {"input_ids": ids.numpy()}
+            calls: dict[str, Callable[[], Any]] = {
+                name: partial(session.run, ["logits"], feed) for name, (session, _) in sessions.items()
             }
-            found = medians(calls, rounds, clock)
-            for name, ms in found.items():
+                name: partial(session.run, ["logits"], feed) for name, (session, _) in sessions.items()
+            }
+            # Single tokens take a millisecond or two, and vary most.
+            found = timed(calls, rounds * (5 if count < 8 else 1), clock)
+            theirs = found[THEIRS]
+            for name, times in found.items():
                 error = float((torch.from_numpy(calls[name]()[0]) - exact).norm() / exact.norm())
-                yield Row(layer, count, name, ms, found[THEIRS] / ms, error, sizes[name], sessions[name][1])
+                ms, spread = statistics.median(times), times[len(times) * 9 // 10] / times[len(times) // 10]
+                faster = statistics.median(theirs) / ms, theirs[0] / times[0]
+                floor = best.floor(layer, count, int8=name == INT8)
+                cost = sizes[name], sessions[name][1]
+                yield Row(layer, count, name, ms, times[0], spread, *faster, floor, error, *cost)
 
 
 def goals(rows: Sequence[Row]) -> list[list[str]]:
@@ -206,13 +233,19 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    how = (arguments.tokens, arguments.rounds, arguments.threads, clock)
+    best = best_here(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    how = (arguments.tokens, arguments.rounds, arguments.threads, clock, best)
     rows = [row for layer in arguments.layers for row in measure(layer, *how)]
-    headers = ["layer", "tokens", "file", "ms", "faster", "error", "size", "load s"]
-    right = ["tokens", "ms", "faster", "error", "size", "load s"]
+    right = ["tokens", "ms", "least", "p90/p10", "faster", "by least", "floor ms", "error", "size", "load s"]
+    headers = ["layer", right[0], "file", *right[1:]]
     print(table(headers, [row.cells() for row in rows], right=right))
     print("\n" + table(["goal", "at least", "is", ""], goals(rows), right=["at least", "is"]))
     print(f"\n{machine()}, {arguments.threads} threads" + ", CPU time" * arguments.cpu_time)
+    rates = f"{best.exact / 1e9:.0f} GFLOP/s in fp32, {best.int8 / 1e9:.0f} Gop/s in int8"
+    print(f"at best {best.bandwidth / 1e9:.0f} GB/s from memory, {rates} (clock)")
+    unsteady = sum(row.spread > STEADY for row in rows)
+    print(f"{unsteady} of {len(rows)} rows vary by more than {STEADY} between their first and last decile")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 

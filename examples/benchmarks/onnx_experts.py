@@ -187,8 +187,6 @@ def measure(
             calls: dict[str, Callable[[], Any]] = {
                 name: partial(session.run, ["logits"], feed) for name, (session, _) in sessions.items()
             }
-                name: partial(session.run, ["logits"], feed) for name, (session, _) in sessions.items()
-            }
             # Single tokens take a millisecond or two, and vary most.
             found = timed(calls, rounds * (5 if count < 8 else 1), clock)
             theirs = found[THEIRS]

@@ -20,7 +20,7 @@ from tests.corpus import CASES
 from tests.frontend.changing import Plain, Sliced, made
 from tests.frontend.modules import told
 from tests.frontend.test_callers import KINDS, agrees
-from tests.frontend.traced import SIZES, both, exported, in_graph, layers_in, tokens
+from tests.frontend.traced import AUTO, SIZES, both, exported, in_graph, layers_in, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,16 +32,54 @@ def test_a_tensor_that_the_experts_never_read_goes_along() -> None:
         agrees(in_graph(moec.compile(model, strict=True))(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["placed.slots", "placed.capacity_submodule", "placed.mask_beside_tokens"])
-def test_what_has_no_operator_yet_is_the_original_in_a_program(name: str) -> None:
+BESIDE = (
+    "placed.slots",
+    "placed.capacity_submodule",
+    "placed.mask_beside_tokens",
+    "placed.two_tasks_last_axis",
+    "wider.one_choice_a_sequence",
+)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_rows_by_places_masks_and_choices_for_a_sequence(name: str) -> None:
     case = CASES[name]
-    model, given = case.make(), case.inputs(torch.randn(30, 16))
+    model, given = case.make(), case.inputs(torch.randn(30, case.dim))
     fast = moec.compile(model, example_inputs=given, strict=True)
+    program = torch.export.export(fast, given)
+    assert layers_in(program) == 1
+    agrees(program.module()(*given), model(*given))
+    graph = in_graph(fast)
     with torch.no_grad():
-        agrees(fast(*given), model(*given))
-        program = torch.export.export(moec.compile(case.make(), example_inputs=given), given)
-        agrees(program.module()(*given), model(*given))
-    assert layers_in(program) == 0
+        for count in (30, 48):
+            more = case.inputs(torch.randn(count, case.dim) * 3)
+            agrees(graph(*more), model(*more))
+    assert fast.moec.report.layers[0].fallbacks == 0
+
+
+def test_rows_by_places_at_sizes_not_traced() -> None:
+    case = CASES["placed.slots"]
+    model, given = case.make(), case.inputs(torch.randn(30, case.dim))
+    program = torch.export.export(
+        moec.compile(model, strict=True), given, dynamic_shapes=tuple({0: AUTO, 1: AUTO} for _ in given)
+    )
+    assert layers_in(program) == 1
+    longer = case.inputs(torch.randn(48, case.dim))
+    agrees(program.module()(*longer), model(*longer))
+
+
+def test_another_mask_than_was_verified_is_the_originals() -> None:
+    """One mask for all sequences, where one for each was verified."""
+    case = CASES["placed.mask_beside_tokens"]
+    model, given = case.make(), case.inputs(torch.randn(30, case.dim))
+    x, mask = given
+    fast = moec.compile(model, example_inputs=given)
+    torch._dynamo.reset()
+    graph: Any = torch.compile(fast, backend="aot_eager")
+    with torch.no_grad():
+        agrees(graph(x, mask[:1]), model(x, mask[:1]))
+        agrees(graph(x, mask), model(x, mask))
+    assert fast.moec.report.layers[0].fallbacks == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.calls import Call, DirectCall, PlacedCall, SlicedCall
 from moec.frontends.torch.direct import Roles
 from moec.frontends.torch.layer_op import watched
 from moec.frontends.torch.layer_spec import Spec
@@ -35,7 +35,7 @@ def new_key() -> str:
 class Graphed:
     """One layer, for any copy of its module."""
 
-    call: DirectCall | SlicedCall
+    call: DirectCall | PlacedCall | SlicedCall
     written: Written
     params: Callable[[torch.nn.Module], Sequence[torch.Tensor]]
     spec: str
@@ -77,7 +77,7 @@ def _shape(x: torch.Tensor) -> torch.Size:
 def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, store: WeightStore) -> Graphed | None:
     """How the layer stands in a graph; None where it cannot."""
     written = write(call)
-    if written is None or not isinstance(call, DirectCall | SlicedCall) or not is_expressible(store.views):
+    if written is None or not isinstance(call, DirectCall | PlacedCall | SlicedCall) or not is_expressible(store.views):
         return None
     table, names = table_of(store.views, store.layouts)
     roles = call.roles if isinstance(call, DirectCall) else _roles(call)
@@ -100,10 +100,12 @@ def graphed(name: str, call: Call, region: Region, backend: str, pack: bool, sto
     return Graphed(call, written, _reader(names), spec.to_text(), spec.no_gradients)
 
 
-def _roles(call: SlicedCall) -> Roles:
+def _roles(call: PlacedCall | SlicedCall) -> Roles:
+    if isinstance(call, PlacedCall) or call.places is not None:
+        return Roles("x", None, None, "places")
     given = call.sliced
     selector, weights = (None if one is None else name for one, name in ((given.selector, "ids"), (given.weights, "w")))
-    return Roles("x", selector, weights, call.form, slots=call.num_slots, scale=call.scale)
+    return Roles("x", selector, weights, call.form, slots=call.num_slots, scale=call.scale, spread=call.spread)
 
 
 def _reader(names: Sequence[str]) -> Callable[[torch.nn.Module], Sequence[torch.Tensor]]:

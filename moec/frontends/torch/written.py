@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.calls import Call, DirectCall, PlacedCall, SlicedCall
 from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.oplog import Ref
+from moec.frontends.torch.places import Places
 from moec.frontends.torch.program import Live, SizeOf, Step
 from moec.frontends.torch.sizes import Size
+from moec.frontends.torch.sliced import More
 from moec.frontends.torch.straight import is_plain
 
 Experts = Callable[..., torch.Tensor]
@@ -24,7 +26,7 @@ Experts = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Written:
-    """`function(module, experts, sizes, x, selector, weights)`, or `(module, experts, sizes, x)` for a block.
+    """`function(module, experts, sizes, x, selector, weights)`, or `(module, experts, sizes, x, *more)` for a block.
 
     `sizes(x)` is the shape of x; all else are operators of ATen, so that it also writes graphs that hold nothing else.
     """
@@ -41,20 +43,15 @@ def write(call: Call) -> Written | None:
     """The cut as a function; None for a kind of cut that has none, or that has more to it than is written here."""
     if isinstance(call, DirectCall) and _known(call, _OF_DIRECT):
         return _direct(call)
-    if (
-        isinstance(call, SlicedCall)
-        and not call.sliced.more
-        and not call.spread
-        and call.places is None
-        and call.form not in CHOSEN
-        and _known(call, _OF_SLICED)
-        and _known(call.sliced, _OF_SLICE)
-    ):
-        return _sliced(call)
+    if isinstance(call, PlacedCall) and _known(call, _OF_PLACED):
+        return _placed(call)
+    if isinstance(call, SlicedCall) and call.form not in CHOSEN and _known(call, _OF_SLICED):
+        return _sliced(call) if _known(call.sliced, _OF_SLICE) else None
     return None
 
 
 _OF_DIRECT = "binder roles others dtype experts inputs out_shapes weight_dtype ids"
+_OF_PLACED = "binder x_name others dtype experts inputs rank places ids"
 _OF_SLICED = "binder sliced form num_slots rank dtype experts inputs width ids places scale spread"
 _OF_SLICE = "x_name others before after x selector weights y_slot y_shape y_dtype input_slot result more"
 
@@ -159,20 +156,56 @@ def _sliced(call: SlicedCall) -> Written:
     page.lines += [f"({dims},) = sizes(x)", f"{first} = torch.ops.aten.contiguous.default(x)"]
     _steps(page, s.before)
     selector, weights = (page.spell(one) for one in (s.selector, s.weights))
-    rows = f"torch.ops.aten.reshape.default({page.spell(s.x)}, [-1, {call.inputs}])"
-    page.lines.append(f"y = experts({rows}, {selector}, {weights})")
-    shaped = f"torch.ops.aten.reshape.default(y, {page.spell(list(s.y_shape))})"
+    if call.places is not None:
+        shaped = _by_places(page, call.places, page.spell(s.x), call.experts, call.inputs)
+    else:
+        # The operator asks for x's own leading sizes where one choice holds for a sequence.
+        rows = page.spell(s.x)
+        rows = rows if call.spread else f"torch.ops.aten.reshape.default({rows}, [-1, {call.inputs}])"
+        page.lines.append(f"y = experts({rows}, {selector}, {weights})")
+        shaped = f"torch.ops.aten.reshape.default(y, {page.spell(list(s.y_shape))})"
     page.lines.append(f"v{s.y_slot} = torch.ops.aten.to.dtype({shaped}, {s.y_dtype})")
     _steps(page, s.after)
     page.lines += [f"{first} = x", f"return {page.spell(s.result)}"]
+    more = [f"v{m.slot}" for m in s.more]
+    function, text = page.function(f"cut({', '.join(['module, experts, sizes, x', *more])})")
+    inputs = (s.x_name, *(m.name for m in s.more))
+    dtypes = {s.x_name: call.dtype, **{m.name: m.dtype for m in s.more}}
+    return Written(function, _unfit(inputs, dtypes, (call.rank,), call.width, s.others, s.more), text, inputs)
+
+
+def _placed(call: PlacedCall) -> Written:
+    page = _Page()
+    page.lines.append(f"return {_by_places(page, call.places, 'x', call.experts, call.inputs)}")
     function, text = page.function("cut(module, experts, sizes, x)")
-    return Written(
-        function, _unfit((s.x_name,), {s.x_name: call.dtype}, (call.rank,), call.width, s.others), text, (s.x_name,)
-    )
+    axis = call.places.x_axis
+    counted = () if axis is None else ((axis, call.experts),)
+    checks = _unfit((call.x_name,), {call.x_name: call.dtype}, (call.rank,), call.inputs, call.others, counted=counted)
+    return Written(function, checks, text, (call.x_name,))
+
+
+def _by_places(page: _Page, places: Places, x: str, experts: int, inputs: int) -> str:
+    """Lines that run the experts on the rows of x by their places, and the text of y in its shape."""
+    if places.x_axis is None:
+        page.lines.append(f"each = torch.ops.aten.unsqueeze.default({x}, 0)")
+        page.lines.append(f"each = torch.ops.aten.expand.default(each, [{experts}] + [-1] * (each.dim() - 1))")
+    else:
+        page.lines.append(f"each = torch.ops.aten.movedim.int({x}, {places.x_axis}, 0)")
+    page.lines.append(f"y = experts(torch.ops.aten.reshape.default(each, [-1, {inputs}]), None, None)")
+    # A tensor of y's shape, but for its last axis: no size has to be known here.
+    page.lines.append("one = torch.ops.aten.slice.Tensor(each, -1, 0, 1)")
+    page.lines.append("like = torch.ops.aten.expand.default(one, [-1] * (one.dim() - 1) + [y.shape[-1]])")
+    return f"torch.ops.aten.movedim.int(torch.ops.aten.reshape_as.default(y, like), 0, {places.y_axis})"
 
 
 def _unfit(
-    inputs: Sequence[str], dtypes: Mapping[str, Any], ranks: Sequence[int], width: int, others: Mapping[str, Any]
+    inputs: Sequence[str],
+    dtypes: Mapping[str, Any],
+    ranks: Sequence[int],
+    width: int,
+    others: Mapping[str, Any],
+    more: Sequence[More] = (),
+    counted: Sequence[tuple[int, int]] = (),
 ) -> Callable[[Mapping[str, Any]], str]:
     """The checks of a call, with all they compare with in their text: numbers elsewhere may be symbols while traced."""
     page = _Page()
@@ -184,6 +217,12 @@ def _unfit(
     page.lines.append(f"if x.shape[-1] != {width}: return 'an input of another width'")
     for name, dtype in dtypes.items():
         page.lines.append(f"if bound[{name!r}].dtype != {dtype}: return '{name} of another dtype'")
+    page.lines += [f"if x.shape[{axis}] != {size}: return 'other experts'" for axis, size in counted]
+    for one in more:
+        page.lines.append("(" + "".join(f"d{i}, " for i in range(ranks[0])) + ") = x.shape")
+        page.lines.append(f"if bound[{one.name!r}].dim() != {len(one.shape)}: return '{one.name} of another rank'")
+        sizes = "".join(f"{_size(n)}, " for n in one.shape)
+        page.lines.append(f"if bound[{one.name!r}].shape != ({sizes}): return '{one.name} of another size'")
     page.lines.append(f"if len(bound) != {len(others) + len(tensors)}: return 'other arguments'")
     for name, value in others.items():
         page.lines.append(f"if {name!r} not in bound: return 'other arguments'")

@@ -250,6 +250,51 @@ class Fixed(Sequences):
         return hits.cumsum(1) <= 16
 
 
+class Masked(nn.Module):
+    """(x[T, D], mask[T, E], weights[T, 1]) -> [T, D]: experts without biases, whose results for zeros are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 20, bias=False), nn.ReLU(), nn.Linear(20, 16, bias=False)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.members):
+            (mine,) = torch.where(mask[:, e] > 0)
+            out.index_add_(0, mine, expert(x[mine]) * weights[mine])
+        return out
+
+
+class EightEach(nn.Module):
+    """Eight places for each sequence; the experts take a mask, and what it leaves out they do not see."""
+
+    dim = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.experts = Masked()
+
+    def kept(self, hits: Tensor) -> Tensor:
+        return hits.cumsum(1) <= 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1, keepdim=True)
+        hits = F.one_hot(chosen[..., 0], 4)
+        hits = hits * self.kept(hits)
+        done: Tensor = self.experts(x.reshape(-1, 16), hits.view(-1, 4), weight.view(-1, 1))
+        return done.view_as(x)
+
+
+class EightOfAll(EightEach):
+    """Eight places for all sequences together."""
+
+    def kept(self, hits: Tensor) -> Tensor:
+        return (hits.flatten(0, 1).cumsum(0) <= 8).view_as(hits)
+
+
 @case("crowded.first_choices_first", expect="compiled")
 class FirstChoicesFirst(Crowded):
     """Two choices, first ones before second ones, weights normalized before drops."""

@@ -133,6 +133,8 @@ def check_some(module: nn.Module, layer: Lifted) -> None:
     [
         (crowded.Sequences, 'capacity=floordiv(S, 4) + 1, scope="sequence", sequence=S', "of a sequence of S tokens"),
         (crowded.Batch, "capacity=floordiv(T, 4) + 1} :", "of a batch of T tokens"),
+        (crowded.EightEach, 'capacity=8, scope="sequence"', "of a sequence of S tokens"),
+        (crowded.EightOfAll, "capacity=8} :", "of a batch of T tokens"),
     ],
 )
 def test_scopes_are_told_apart(kind: type[nn.Module], named: str, told: str) -> None:

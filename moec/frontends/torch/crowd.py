@@ -6,6 +6,7 @@ B sequences, S positions, T = B * S tokens, E experts, D inputs and O outputs of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,11 @@ from moec.frontends.torch.oplog import Log
 from moec.frontends.torch.recorder import record
 
 # Tensors that a run is looked through for tokens and results.
-_MOST = 400
+_MOST, _MOST_GIVEN = 400, 4
+
+
+class Unseen(NotLifted):
+    """Whether tokens are dropped cannot be seen."""
 
 
 class _Said(TorchDispatchMode):
@@ -66,7 +71,7 @@ class Ran:
     body: Body
 
     def wide(self, width: int) -> Iterator[torch.Tensor]:
-        """Floats [T, width] that appear or change, each value once."""
+        """Floats [T, width] that appear or change, each value once, on the CPU."""
         known: list[torch.Tensor] = []
         log = self.log
         for entry in log.entries:
@@ -79,10 +84,15 @@ class Ran:
                 value = log.value(slot, entry.index + 1)
                 if value is None or len(known) >= _MOST:
                     continue
-                rows = value.reshape(self.tokens, width).float()
+                rows = value.reshape(self.tokens, width).float().cpu()
                 if not any(rows is one or torch.equal(rows, one) for one in known):
                     known.append(rows)
                     yield rows
+
+    def given(self) -> Iterator[torch.Tensor]:
+        """The first few that could be the tokens [T, D]: of zeros, any expert without biases makes zeros."""
+        every = (rows for rows in self.wide(self.body.inputs) if bool((rows.norm(dim=1) > 0).all()))
+        return itertools.islice(every, _MOST_GIVEN)
 
 
 @dataclass
@@ -101,7 +111,7 @@ class Crowd:
         return self.driver.main is not None and self.driver.main.dim() == 3
 
     def run(self, logits: torch.Tensor) -> Ran:
-        """The block on other tokens, its logits [B, S, E] given. Raises NotLifted where they are computed twice."""
+        """The block on other tokens, its logits [B, S, E] given. Raises Unseen where they are computed twice."""
         main = self.driver.main
         assert main is not None
         self.runs += 1
@@ -113,13 +123,15 @@ class Crowd:
         with users_code(driver.path), said:
             log = record(driver.module, driver.args, driver.kwargs, path=driver.path)
         if said.times != 1:
-            raise NotLifted(f"the router's logits are computed {said.times} times")
+            raise Unseen(f"the router's logits are computed {said.times} times")
         return Ran(log, batch * length, self.body)
 
     def results(self, rows: torch.Tensor) -> torch.Tensor:
-        """f_e(x_t) of every expert: [T, O, E]."""
-        every = [self.body.expert(self.params, e, rows) for e in range(self.body.experts)]
-        return torch.stack(every, -1)
+        """f_e(x_t) of every expert: [T, O, E], on the CPU as all that is compared here."""
+        main = self.driver.main
+        assert main is not None
+        given = rows.to(main.device)
+        return torch.stack([self.body.expert(self.params, e, given).cpu() for e in range(self.body.experts)], -1)
 
 
 def gates(results: torch.Tensor, y: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from moec.backendbase import Executable, load_backend
 from moec.frontends.torch.capacitysize import Capacity, capacities, told_apart_at
-from moec.frontends.torch.crowd import Crowd, Ran, gates
+from moec.frontends.torch.crowd import Crowd, Ran, Unseen, gates
 from moec.frontends.torch.crowdlogits import crowds, noise, skewed
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.observe import ProbeFailed
@@ -112,7 +112,8 @@ class _Reader:
 def find_limits(crowd: Crowd) -> Limits | None:
     """The reading that explains the block on every crowd; None where it never drops a slot.
 
-    Raises NotLifted with the reason where it drops some and no reading, or more than one, explains which.
+    Raises Unseen with the reason where that cannot be seen, and NotLifted where it drops some and no reading, or more
+    than one, explains which.
     """
     _check_distinct(crowd)
     kept = _kept_of_one(crowd)
@@ -144,12 +145,18 @@ def find_limits(crowd: Crowd) -> Limits | None:
             shape = f"{_many(logits.shape[0], 'sequence')} of {_many(logits.shape[1], 'token')}"
             raise NotLifted(f"which tokens are dropped is explained by no order or scope at {shape}, {label}")
     if len({_function(reading.manner) for reading in rivals}) > 1:
-        raise NotLifted(f"{len(rivals)} readings of it explain every probe")
+        raise NotLifted(f"two readings of it explain every probe: {_apart(rivals[0].manner, rivals[1].manner)}")
     return Limits(rivals[0].manner, capacity, crowd.runs, ties)
 
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def _apart(one: Manner, other: Manner) -> str:
+    """The attributes in which two readings differ."""
+    pairs = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return ", ".join(f"{name}={mine} or {theirs}" for name, mine, theirs in pairs if mine != theirs)
 
 
 def _function(manner: Manner) -> Manner:
@@ -158,12 +165,12 @@ def _function(manner: Manner) -> Manner:
 
 
 def _check_distinct(crowd: Crowd) -> None:
-    """Raise NotLifted where two experts give the same: which of them served a token cannot be seen then."""
+    """Raise Unseen where two experts give the same: which of them served a token cannot be seen then."""
     rows = torch.randn(4, crowd.body.inputs, generator=torch.Generator().manual_seed(5))
     every = crowd.results(rows).flatten(0, 1).T
     apart = torch.cdist(every, every) + torch.eye(len(every)) * every.norm()
     if bool((apart <= 1e-4 * every.norm(dim=1)).any()) or bool((every.norm(dim=1) == 0).any()):
-        raise NotLifted("two of its experts compute the same, as copies do before they are trained")
+        raise Unseen("two of its experts compute the same, as copies do before they are trained")
 
 
 def _affordable(crowd: Crowd, tokens: int) -> bool:
@@ -177,7 +184,7 @@ def _gates(crowd: Crowd, logits: torch.Tensor) -> list[torch.Tensor]:
     """
     ran = crowd.run(logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    for rows in itertools.islice(ran.wide(crowd.body.inputs), 4):
+    for rows in ran.given():
         results = crowd.results(rows)
         found = [one for y in ran.wide(crowd.body.outputs) if (one := gates(results, y, flat)) is not None]
         most = max((int((one != 0).sum()) for one in found), default=0)
@@ -200,14 +207,14 @@ def _kept_of_one(crowd: Crowd) -> dict[int, int] | None:
             if len(found) == 4 and all(n == t for t, n in found.items()):
                 return None
     if not any(found.values()):
-        raise NotLifted(_NO_SUM)
+        raise Unseen(_NO_SUM)
     return found if any(n < t for t, n in found.items()) else None
 
 
 def _kept_at(crowd: Crowd, tokens: int) -> int:
     found = _gates(crowd, skewed(tokens, crowd.body.experts))
     if not found:
-        raise NotLifted(_NO_SUM)
+        raise Unseen(_NO_SUM)
     return int((found[0][:, 0] != 0).sum())
 
 
@@ -282,7 +289,7 @@ def _small(crowd: Crowd) -> tuple[float, ...]:
 
 def _explains(crowd: Crowd, ran: Ran, mine: torch.Tensor) -> int | None:
     """The place of the last tensor of the run that is the experts' sum with these gates; None where there is none."""
-    for rows in itertools.islice(ran.wide(crowd.body.inputs), 4):
+    for rows in ran.given():
         y = (crowd.results(rows) * mine[:, None]).sum(-1)
         fitting = [place for place, theirs in enumerate(ran.wide(crowd.body.outputs)) if _same(y, theirs)]
         if fitting:
@@ -291,11 +298,14 @@ def _explains(crowd: Crowd, ran: Ran, mine: torch.Tensor) -> int | None:
 
 
 def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Row by row, so that large rows do not hide small ones; not-a-numbers in the same places."""
-    if not torch.equal(mine.isnan(), theirs.isnan()):
+    """Row by row, so that large rows do not hide small ones; what is not finite must be the same."""
+    odd = ~mine.isfinite()
+    if not torch.equal(odd, ~theirs.isfinite()) or not torch.allclose(mine[odd], theirs[odd], equal_nan=True):
         return False
-    mine, theirs = mine.nan_to_num().double(), theirs.nan_to_num().double()
-    return bool(((mine - theirs).norm(dim=-1) <= 1e-4 * theirs.norm(dim=-1)).all())
+    mine, theirs = mine.masked_fill(odd, 0).double(), theirs.masked_fill(odd, 0).double()
+    # Fresh memory may hold anything: neither side's size alone may say how near is near.
+    least = torch.minimum(mine.norm(dim=-1), theirs.norm(dim=-1))
+    return bool(((mine - theirs).norm(dim=-1) <= 1e-4 * least).all())
 
 
 def dropped(found: Limits, experts: int, tokens: int) -> float:

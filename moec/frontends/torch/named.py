@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from moec.frontends.torch.body import Body
-from moec.frontends.torch.crowd import Crowd, routers
+from moec.frontends.torch.crowd import Crowd, Unseen, routers
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.lift import common_dtype, lift_routed
@@ -45,17 +45,21 @@ def with_limits(
         )
         return replace(lifted, named=region, evidence=(*lifted.evidence, *_words(found, lifted.body)))
     except NotLifted as reason:
+        if isinstance(reason, (Unseen, ProbeFailed)) and getattr(lifted.call, "places", None) is None:
+            return lifted
         line = f"its capacity is not named, and stays the code's own: {reason}"
         return replace(lifted, evidence=(*lifted.evidence, line))
 
 
 def _may_drop(lifted: Lifted, log: Log, main: torch.Tensor | None) -> bool:
-    """Whether places, or counts over tokens, could leave tokens without their expert."""
-    places = getattr(lifted.call, "places", None)
-    if lifted.body.experts < 2:
+    """Whether places, masks, or counts over tokens, could leave tokens without their expert."""
+    if lifted.kind != "moe" or lifted.body.experts < 2:
         return False
+    places, roles = getattr(lifted.call, "places", None), getattr(lifted.call, "roles", None)
     if places is not None:
         return places.x_axis is not None
+    if roles is not None and roles.form in ("mask", "dense"):
+        return True
     if main is None or not main.shape[-1]:
         return False
     tokens = main.numel() // main.shape[-1]
@@ -75,10 +79,16 @@ def _look(
             log, _ = driver.observe()
         except ProbeFailed:
             continue
+        unseen: Unseen | None = None
         for router in routers(log, body, main.numel() // main.shape[-1])[:2]:
             if dtype != torch.float32:
-                raise NotLifted(f"routing is proved in fp32, and the layer is {dtype}".replace("torch.", ""))
-            return _watched(Crowd(driver, body, params, router))
+                raise Unseen(f"routing is proved in fp32, and the layer is {dtype}".replace("torch.", ""))
+            try:
+                return _watched(Crowd(driver, body, params, router))
+            except Unseen as reason:
+                unseen = unseen or reason
+        if unseen is not None:
+            raise unseen
     return None
 
 

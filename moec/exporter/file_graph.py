@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +13,9 @@ from moec.exporter.result import ExportedLayer, ExportReport
 from moec.exporter.settings import Settings
 from moec.frontends.onnx.bodies import Body, bodies, left_within, name_types, put_back
 from moec.frontends.onnx.constants import Constants
-from moec.frontends.onnx.graphs import forget_unused
+from moec.frontends.onnx.graphs import forget_unused, hold_once
 from moec.frontends.onnx.home import Home
-from moec.frontends.onnx.layer import Left, Run
+from moec.frontends.onnx.layer import Layer, Left, Run
 from moec.frontends.onnx.read import read, record
 from moec.frontends.onnx.turns import given, turns
 
@@ -36,6 +37,10 @@ class GraphRewriter:
     compared: list[Compared] = field(default_factory=list)
     """Of each graph that was rewritten."""
     _names: set[str] = field(default_factory=set)
+    _weights: set[bytes] = field(default_factory=set)
+    """The first matrix of each rewritten layer."""
+    _shared: bool = False
+    """Whether two of them have the same weights."""
 
     def rewrite(self, model: Any, made: Sequence[Made], title: str, within: str = "", note: str = "") -> int:
         """How many layers were rewritten, in this graph and in those that its nodes run.
@@ -52,12 +57,16 @@ class GraphRewriter:
             self.say(f"{named.name}: checking")
             if place_layer(model, named, found.runs[0], self.settings, self.report, timed=self.timed):
                 count += 1
+                self._note(named)
                 self._keep(model)
                 chosen.update(dict.fromkeys(named.ids))
         # Bodies that belonged to a layer are gone before bodies are looked at.
         forget_unused(model, list(chosen))
         count += self._bodies(model, made)
         if count:
+            if self._shared and not within:
+                hold_once(model)
+                self._keep(model)
             self.say(f"checking {title}")
             names = [value.name for value in chosen]
             self.compared.append(beside(model, names, made, found.runs, self.settings, title))
@@ -71,6 +80,13 @@ class GraphRewriter:
             name, number = f"{wish}_{number}", number + 1
         self._names.add(name)
         return name
+
+    def _note(self, layer: Layer) -> None:
+        """One module may be called twice, and one function too."""
+        first = layer.weights.experts("w_in")[0].float().contiguous().numpy().tobytes()
+        told = hashlib.sha256(first).digest()
+        self._shared = self._shared or told in self._weights
+        self._weights.add(told)
 
     def _keep(self, model: Any) -> None:
         if self.home is not None:

@@ -148,6 +148,13 @@ def test_a_choice_within_a_graph_of_a_node_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_weight_of_an_unknown_type(file: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(file))
+    model.graph.initializer[0].data_type = 0
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    refused("MOEC707", tmp_path / "in.onnx", tmp_path / "out.onnx")
+
+
 @pytest.mark.slow
 def test_any_damage_is_refused_with_a_code_or_does_no_harm(file: Path, tmp_path: Path) -> None:
     """Cut off at any place, or with some bits turned; large files are taken apart by moec's own reader."""

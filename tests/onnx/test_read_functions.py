@@ -19,5 +19,7 @@ def test_a_function_called_twice(weights: int, tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
     report = check_rewritten(source, tmp_path, 2, {"x": x})
     assert len({layer.name for layer in report.layers}) == 2
+    held = [tuple(tensor.dims) for tensor in onnx.load(str(tmp_path / "out.onnx")).graph.initializer]
+    assert held.count((24, 16)) == held.count((16, 24)) == 5 * weights, "equal weights are one"
     assert not onnx.load(str(tmp_path / "out.onnx")).functions
     onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)

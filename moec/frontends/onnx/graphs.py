@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,3 +44,17 @@ def forget_unused(model: Any, keep: Sequence[Any] = ()) -> None:
         for graph in (graph for node in gone for graph in graphs_of(node)):
             forget(graph)
     del outputs[count:]
+
+
+def hold_once(model: Any) -> None:
+    """Let equal weights be one."""
+    known: dict[Any, Any] = {}
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype.name == "STRING" or value.is_graph_input() or value.is_graph_output():
+            continue
+        key = tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
+        first = known.setdefault(key, value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            model.graph.initializers.pop(value.name)

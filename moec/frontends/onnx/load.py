@@ -38,9 +38,10 @@ def load(path: Path) -> tuple[Any, Home | None]:
             _check_external(path, value.const_value)
     try:
         common.LiftSubgraphInitializersToMainGraphPass()(model)
-    except Exception as error:
+        large = weight_bytes(model) > LARGE
+    except Exception as error:  # sizes of types that do not exist
         raise _unreadable(path, f"its graph is damaged: {_line(error)}") from error
-    if home is None and weight_bytes(model) > LARGE:
+    if home is None and large:
         home = Home()
     if home is not None:
         home.take(model, path.parent)

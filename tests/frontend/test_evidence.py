@@ -70,3 +70,14 @@ def test_the_furthest_place_is_named() -> None:
     assert found.mismatch
     assert found.furthest == "furthest at [0, 1]: nan, the original has 2"
     assert compare_results(theirs, theirs).furthest == ""
+
+
+def test_random_numbers_in_eval_are_shown_by_two_seeds() -> None:
+    before = torch.get_rng_state()
+    layer = layer_of("choice.noise_in_eval")
+    assert torch.equal(before, torch.get_rng_state())
+    assert layer.reason == "the block draws random numbers"
+    line = layer.tried[0]
+    found = re.search(r"is (\S+) with one seed and (\S+) with another$", line)
+    assert found is not None, line
+    assert found[1] != found[2]

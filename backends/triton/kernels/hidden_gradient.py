@@ -13,7 +13,7 @@ import triton.language as tl
 from moec.backends.triton.kernels.activation import activate
 from moec.backends.triton.kernels.address import dot, expert_base, vector_base
 from moec.backends.triton.kernels.derivative import activate_back
-from moec.backends.triton.kernels.tiles import place_of
+from moec.backends.triton.kernels.tiles import place_of, rows_of
 
 
 @triton.jit
@@ -57,9 +57,7 @@ def hidden_gradient(dy, meta, weights, down, z, dz, wh, shares, most,
     WIDTH: tl.constexpr = 2 * F if GATED else F
     if tl.program_id(0) < tiles * COLUMNS:
         tile, block = place_of(tl.program_id(0), tiles, COLUMNS, GROUP)
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
         columns = block * BN + tl.arange(0, BN)
         inside = columns < F
@@ -98,9 +96,7 @@ def weight_sums(shares, dy, meta, bias, dw, most,
     """shares f32[P, COLUMNS], dy[T, O] -> dw[T, K] for pairs that have an expert, in a fixed order. Grid: tiles."""
     tile = tl.program_id(0)
     if tile < tl.load(meta):
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
         total = tl.zeros([BM], dtype=tl.float32)
         for start in tl.range(0, COLUMNS, BC):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moec.backends.triton.kernels.address import dot, expert_base
-from moec.backends.triton.kernels.tiles import place_of
+from moec.backends.triton.kernels.tiles import place_of, rows_of
 
 
 @triton.jit
@@ -40,9 +40,7 @@ def input_gradient(dz, meta, gate, up, dx, most,
     WIDTH: tl.constexpr = 2 * F if GATED else F
     if tl.program_id(0) < tiles * COLUMNS:
         tile, block = place_of(tl.program_id(0), tiles, COLUMNS, GROUP)
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         columns = block * BN + tl.arange(0, BN)
         inside = columns < D
         f = tl.arange(0, BK)

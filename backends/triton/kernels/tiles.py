@@ -23,6 +23,14 @@ def place_of(program, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rows_of(meta, tile, most, AT: tl.constexpr, BM: tl.constexpr):
+    """Tile -> its expert, its rows [BM] in the order of `meta`, and which of them the expert has."""
+    e = tl.load(meta + AT + tile)
+    row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
+    return e, row, row < tl.load(meta + 5 + e)
+
+
+@triton.jit
 def epilogue_vector(value, bias, scale, e, columns, inside,
                     B_E: tl.constexpr, B_N: tl.constexpr, B_LISTED: tl.constexpr, B_DTYPE: tl.constexpr,
                     S_E: tl.constexpr, S_N: tl.constexpr, S_LISTED: tl.constexpr, S_DTYPE: tl.constexpr,
@@ -54,9 +62,7 @@ def tiles_in(x, meta, gate, up, b_gate, b_up, s_gate, s_up, h, most,
     COLUMNS: tl.constexpr = (F + BN - 1) // BN
     if tl.program_id(0) < tiles * COLUMNS:
         tile, block = place_of(tl.program_id(0), tiles, COLUMNS, GROUP)
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
         columns = block * BN + tl.arange(0, BN)
         inside = columns < F
@@ -114,9 +120,7 @@ def tiles_out(h, meta, weights, down, bias, scale, y, most,
     COLUMNS: tl.constexpr = (O + BN - 1) // BN
     if tl.program_id(0) < tiles * COLUMNS:
         tile, block = place_of(tl.program_id(0), tiles, COLUMNS, GROUP)
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         columns = block * BN + tl.arange(0, BN)
         inside = columns < O
         c = tl.arange(0, BK)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from moec.backends.triton.kernels.activation import activate
 from moec.backends.triton.kernels.address import dot, expert_base, vector_base
-from moec.backends.triton.kernels.tiles import place_of
+from moec.backends.triton.kernels.tiles import place_of, rows_of
 
 
 @triton.jit
@@ -38,9 +38,7 @@ def train_in(x, meta, gate, up, b_gate, b_up, z, h, most,
     WIDTH: tl.constexpr = 2 * F if GATED else F
     if tl.program_id(0) < tiles * COLUMNS:
         tile, block = place_of(tl.program_id(0), tiles, COLUMNS, GROUP)
-        e = tl.load(meta + AT + tile)
-        row = tl.load(meta + AT + most + tile) + tl.arange(0, BM)
-        real = row < tl.load(meta + 5 + e)
+        e, row, real = rows_of(meta, tile, most, AT, BM)
         pair = tl.load(meta + AT + 2 * most + row, mask=real, other=0)
         columns = block * BN + tl.arange(0, BN)
         inside = columns < F

@@ -49,7 +49,9 @@ def analyse_moe(candidate: Candidate, drivers: Drivers, params: Mapping[str, tor
         try:
             lifted = _from_log(candidate, driver, run, params)
             again = drivers.drivers(candidate.name, widths, weights[0].dtype, weights[0].device)
-            return with_limits(lifted, run[0], driver, again, params)
+            lifted = with_limits(lifted, run[0], driver, again, params)
+            drivers.serves(driver)
+            return lifted
         except NotLifted as reason:
             # A block that runs at its own sizes only was not probed; what the one run did says more than that.
             whole = with_effects(driver, run[1]) if run[1] and isinstance(reason, ProbeFailed) else reason

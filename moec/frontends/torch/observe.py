@@ -151,12 +151,19 @@ class Drivers:
     captured: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     hopeless: set[tuple[str, int, int]] = field(default_factory=set)
+    served: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
+    """Width and rank of the tokens that served the last module of a kind: what is tried first on the next."""
 
     def failed(self, driver: Driver, failure: ProbeFailed) -> None:
         """Remember a probe that the user's code refused, so that the next candidate does not try it again."""
         self.failures.append(str(failure))
         if driver.width is not None:
             self.hopeless.add((driver.path, driver.width, driver.rank))
+
+    def serves(self, driver: Driver) -> None:
+        """Remember the tokens that a layer was found with, so that layers alike are run on such first."""
+        if driver.width is not None:
+            self.served[_kind(driver.module)] = (driver.width, driver.rank)
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model once and remember the arguments of each module's first call; returns the model's result."""
@@ -208,11 +215,17 @@ class Drivers:
         if len(required) > 1:
             self.failures.append(f"{path or 'the model'} needs {', '.join(required)}")
             return
-        for width in widths:
-            for rank, shape in ((3, (2, 20, width)), (2, (40, width))):
-                if (path, width, rank) in self.hopeless:
-                    continue
+        first = self.served.get(_kind(module))
+        trials = [(width, rank) for width in widths for rank in (3, 2)]
+        for width, rank in sorted(trials, key=lambda trial: trial != first):
+            if (path, width, rank) not in self.hopeless:
+                shape = (2, 20, width) if rank == 3 else (40, width)
                 yield Driver(path, module, (tokens(shape, dtype, 1, device=device),), {}, width, rank)
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """Equal for modules of one class whose parameters have the same names, shapes and types."""
+    return type(module), *((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
 
 
 def _own(value: Any) -> Any:

@@ -24,6 +24,7 @@ from moec.backends.reference.frame import Frame
 from moec.backends.reference.joined import Experts
 from moec.backends.reference.table import MEANINGS
 from moec.ir import Builder, ExpertFfn, Tensor, Value
+from tests.backends.ffn_op import expert_ffn
 
 PACKED = "packed"
 WAYS = (EACH, FEW, BATCH, GROUPED, TABLES, PACKED)
@@ -90,12 +91,7 @@ def make(
 ) -> Case:
     """A layer with random weights; `turned` ones lie transposed in memory, `listed` ones in a tensor each."""
     generator = torch.Generator().manual_seed(seed)
-    o = d if o is None else o
-    rows = f if layout in ("none", "pair") else 2 * f
     b = Builder("layer")
-    x = b.input("x", Tensor.of(NAMES[dtype], "T", d))
-    ids = b.input("experts", Tensor.of(ids_dtype, "T", "K"))
-    weights = b.input("weights", Tensor.of(NAMES[weights_dtype], "T", "K"))
     found: dict[str, Experts] = {}
 
     def weight(name: str, *shape: int) -> Value:
@@ -107,14 +103,8 @@ def make(
         found[name] = [e.clone(memory_format=torch.preserve_format) for e in w] if listed else w
         return b.input(name, Tensor.of(NAMES[dtype], *shape))
 
-    more: dict[str, Any] = {"fn": "silu", "layout": layout, **attributes}
-    if layout == "pair":
-        more["w_up"] = weight("w_up", experts, f, d)
-    if bias:
-        more |= {"b_in": weight("b_in", experts, rows), "b_out": weight("b_out", experts, o)}
-    if bias and layout == "pair":
-        more["b_up"] = weight("b_up", experts, f)
-    op = ExpertFfn(x, ids, weights, weight("w_in", experts, rows, d), weight("w_out", experts, o, f), **more)
+    sizes, dtypes = (experts, d, f, d if o is None else o), (NAMES[dtype], ids_dtype, NAMES[weights_dtype])
+    op = expert_ffn(b, weight, sizes, dtypes, layout=layout, bias=bias, **attributes)
     op.result_types()
     return Case(op, found, dtype, experts)
 

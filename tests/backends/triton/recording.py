@@ -16,6 +16,7 @@ from moec.backendbase import load_backend
 from moec.backends.reference.activations import act, split
 from moec.backends.triton.recording import RecordingExecutable
 from moec.ir import Builder, ExpertFfn, Region, Tensor, Value, Weight
+from tests.backends.ffn_op import expert_ffn
 from tests.backends.running import NAMES, Weights
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -92,11 +93,7 @@ def make(
 ) -> Layer:
     """A layer with random weights; `turned` ones lie transposed in memory, `separate` ones in a parameter each."""
     o = d if o is None else o
-    rows = f if layout in ("none", "pair") else 2 * f
     b = Builder("layer")
-    x = b.input("x", Tensor.of(NAMES[dtype], "T", d))
-    ids = b.input("experts", Tensor.of("i64", "T", "K"))
-    weights = b.input("weights", Tensor.of(NAMES[weights_dtype], "T", "K"))
     found = Weights()
 
     def weight(name: str, *shape: int) -> Value:
@@ -106,14 +103,8 @@ def make(
         (found.separate if separate else found.stacked)(name, w)
         return b.add(Weight(ref=name, type=Tensor.of(NAMES[dtype], *shape)))
 
-    more: dict[str, Any] = {"fn": "silu", "layout": layout, **attributes}
-    if layout == "pair":
-        more["w_up"] = weight("w_up", e, f, d)
-    if bias:
-        more |= {"b_in": weight("b_in", e, rows), "b_out": weight("b_out", e, o)}
-    if bias and layout == "pair":
-        more["b_up"] = weight("b_up", e, f)
-    op = ExpertFfn(x, ids, weights, weight("w_in", e, rows, d), weight("w_out", e, o, f), **more)
+    dtypes = NAMES[dtype], "i64", NAMES[weights_dtype]
+    op = expert_ffn(b, weight, (e, d, f, o), dtypes, layout=layout, bias=bias, **attributes)
     for p in found.params.values():
         p.requires_grad_()
     return Layer(b.build(b.add(op)), op, found, dtype, e, d, o)

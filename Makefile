@@ -51,13 +51,21 @@ LEGACY := .legacy
 LEGACY_NEEDS := huggingface_hub==0.36.0 requests==2.32.5 urllib3==2.6.2 charset_normalizer==3.4.4 certifi==2025.11.12 idna==3.11
 LEGACY_4.46 := transformers==4.46.3 tokenizers==0.20.3
 LEGACY_4.57 := transformers==4.57.3 tokenizers==0.22.1
-$(LEGACY)/%/.installed: Makefile
-	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(LEGACY)/$* $(PIP_ARGS) $(LEGACY_$*) $(LEGACY_NEEDS)
+LEGACY_NEEDS_5 := huggingface_hub==1.5.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 certifi==2025.11.12 idna==3.11 tokenizers==0.22.1
+LEGACY_5.0 := transformers==5.0.0
+LEGACY_5.8 := transformers==5.8.1
+$(LEGACY)/4.%/.installed: Makefile
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(LEGACY)/4.$* $(PIP_ARGS) $(LEGACY_4.$*) $(LEGACY_NEEDS)
+	@touch $@
+$(LEGACY)/5.%/.installed: Makefile
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(LEGACY)/5.$* $(PIP_ARGS) $(LEGACY_5.$*) $(LEGACY_NEEDS_5)
 	@touch $@
 
-test-legacy: $(STAMP) $(LEGACY)/4.46/.installed $(LEGACY)/4.57/.installed ## MoE families of transformers 4.46 and 4.57 (needs a network once)
+test-legacy: $(STAMP) $(patsubst %,$(LEGACY)/%/.installed,4.46 4.57 5.0 5.8) ## older releases of transformers (needs a network once)
 	MOEC_LEGACY=4.46 PYTHONPATH=$(LEGACY)/4.46 $(PYTEST) tests/legacy $(PYTEST_ARGS)
 	MOEC_LEGACY=4.57 PYTHONPATH=$(LEGACY)/4.57 $(PYTEST) tests/legacy $(PYTEST_ARGS)
+	MOEC_LEGACY=5.0 PYTHONPATH=$(LEGACY)/5.0 $(PYTEST) tests/legacy $(PYTEST_ARGS)
+	MOEC_LEGACY=5.8 PYTHONPATH=$(LEGACY)/5.8 $(PYTEST) tests/legacy $(PYTEST_ARGS)
 
 # Packages of others that hold MoE layers, and what their layers import; no package's own choice of torch.
 THIRDPARTY := .thirdparty

@@ -40,7 +40,7 @@ _KEPT_BY_NAME = ("frontend/test_corpus.py", "zoo/", "hf/", "legacy/", "thirdpart
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        place = item.path.relative_to(tests).as_posix()
+        place = item.path.relative_to(tests).as_posix() if item.path.is_relative_to(tests) else ""
         name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
         if isinstance(name, str) and place.startswith(_KEPT_BY_NAME):
             item.add_marker(pytest.mark.xdist_group(f"{place.partition('/')[0]} {name}"))

@@ -9,6 +9,7 @@ from moec.errors import MoecError
 from moec.ir import (
     Act,
     Add,
+    BatchNorm,
     Combine,
     Dim,
     Exchange,
@@ -97,7 +98,7 @@ class PlaceExperts:
 
 def _expert_offsets(node: Node) -> Value | None:
     """The offsets of an op that uses each expert's own weights on rows sorted by expert."""
-    return node.op.offsets if isinstance(node.op, GroupedLinear | ExpertGlu | Norm) else None
+    return node.op.offsets if isinstance(node.op, BatchNorm | GroupedLinear | ExpertGlu | Norm) else None
 
 
 class _Journey:

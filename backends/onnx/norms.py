@@ -7,7 +7,7 @@ from typing import Any
 from moec.backends.onnx.grouping import groups_of
 from moec.backends.onnx.lowering import Lowering, wide_dtype
 from moec.backends.onnx.products import parted, together
-from moec.ir import Norm, Value
+from moec.ir import BatchNorm, Norm, Value
 
 
 def norm(op: Norm, low: Lowering) -> list[Any]:
@@ -32,6 +32,24 @@ def norm(op: Norm, low: Lowering) -> list[Any]:
         w = None if op.w is None else _as(low, low.expert(op.w, e), op.w, kind)
         b = None if op.b is None else _as(low, low.expert(op.b, e), op.b, kind)
         found.append(_shift(op, low, parts[e], w, b, kind))
+    return [low.rounded(together(low, found, groups, width, kind), op.x.type.dtype)]
+
+
+def batch_norm(op: BatchNorm, low: Lowering) -> list[Any]:
+    emit, kind = low.emit, wide_dtype(op.x.type.dtype)
+    experts, width = op.mean.type.shape[0].constant or 0, op.mean.type.shape[1].constant or 0
+    rows = low.wide(op.x)
+    groups = groups_of(low, rows, op.offsets, experts)
+    parts = parted(low, rows, groups, experts)
+    found = []
+    for e in range(experts):
+        mean, var = (_as(low, low.expert(value, e), value, kind) for value in (op.mean, op.var))
+        w, b = (None if v is None else _as(low, low.expert(v, e), v, kind) for v in (op.w, op.b))
+        y = emit.op(
+            "Div", emit.op("Sub", parts[e], mean), emit.op("Sqrt", emit.op("Add", var, emit.scalar(op.eps, kind)))
+        )
+        y = y if w is None else emit.op("Mul", y, w)
+        found.append(y if b is None else emit.op("Add", y, b))
     return [low.rounded(together(low, found, groups, width, kind), op.x.type.dtype)]
 
 

@@ -11,6 +11,7 @@ from moec.backends.onnx.lowering import Lowering
 from moec.ir import (
     Act,
     Add,
+    BatchNorm,
     Combine,
     CombineDense,
     Constant,
@@ -72,6 +73,7 @@ LOWERINGS: Mapping[type[Op], Lower] = {
     KeptWeights: combining.kept_weights,
     Linear: products.linear,
     Mul: _elementwise("Mul"),
+    BatchNorm: norms.batch_norm,
     Norm: norms.norm,
     Pointwise: activations.pointwise,
     QuantizeRows: products.quantize_rows,

@@ -6,7 +6,10 @@ import torch
 
 from moec.backends.reference.dtypes import wide
 from moec.backends.reference.joined import Experts, whole
-from moec.ir import Norm
+from moec.ir import BatchNorm, Norm
+
+BatchOperands = tuple[Experts, Experts, Experts | None, Experts | None]
+"""mean, var, w and b, each [E, D]."""
 
 
 def norm(op: Norm, x: torch.Tensor, offsets: torch.Tensor | None, w: Experts | None, b: Experts | None) -> torch.Tensor:
@@ -27,6 +30,24 @@ def norm(op: Norm, x: torch.Tensor, offsets: torch.Tensor | None, w: Experts | N
         part = y[bounds[e] : bounds[e + 1]]
         if part.shape[0]:
             parts.append(_shift(op, part, None if w is None else w[e], None if b is None else b[e]))
+    parts.append(y.new_zeros(y.shape[0] - bounds[-1], y.shape[1]))
+    return torch.cat(parts).to(x.dtype)
+
+
+def batch_norm(op: BatchNorm, x: torch.Tensor, offsets: torch.Tensor, given: BatchOperands) -> torch.Tensor:
+    """x[R, D], offsets[E+1] -> [R, D] by each expert's own mean, var, w and b[E, D]. In fp32, rounded once.
+
+    Rows from offsets[E] on come out as zeros.
+    """
+    mean, var, w, b = given
+    y, bounds, parts = x.to(wide(x)), offsets.tolist(), []
+    for e in range(len(bounds) - 1):
+        part = y[bounds[e] : bounds[e + 1]]
+        if part.shape[0]:
+            factor = torch.rsqrt(var[e].to(y.dtype) + op.eps)
+            factor = factor if w is None else factor * w[e].to(y.dtype)
+            part = (part - mean[e].to(y.dtype)) * factor
+            parts.append(part if b is None else part + b[e].to(y.dtype))
     parts.append(y.new_zeros(y.shape[0] - bounds[-1], y.shape[1]))
     return torch.cat(parts).to(x.dtype)
 

@@ -17,6 +17,7 @@ from moec.backends.reference.opaque import opaque
 from moec.ir import (
     Act,
     Add,
+    BatchNorm,
     Combine,
     CombineDense,
     ConcatWeights,
@@ -113,6 +114,11 @@ def _norm(op: Norm, at: Frame) -> Results:
     return (norms.norm(op, at.tensor(op.x), at.maybe(op.offsets), read(op.w), read(op.b)),)
 
 
+def _batch_norm(op: BatchNorm, at: Frame) -> Results:
+    given = (at.experts(op.mean), at.experts(op.var), at.maybe_experts(op.w), at.maybe_experts(op.b))
+    return (norms.batch_norm(op, at.tensor(op.x), at.tensor(op.offsets), given),)
+
+
 def _combine(op: Combine, at: Frame) -> Results:
     rows, order, weights = at.tensor(op.rows), at.tensor(op.order), at.tensor(op.weights)
     if op.tokens is not None:
@@ -203,6 +209,7 @@ Meaning = Callable[[Any, Frame], Results]
 MEANINGS: Mapping[type[Op], Meaning] = {
     Act: _act,
     Add: _add,
+    BatchNorm: _batch_norm,
     Combine: _combine,
     CombineDense: _combine_dense,
     ConcatWeights: _concat,

@@ -16,6 +16,7 @@ from moec.backends.reference.joined import Experts, whole
 from moec.backends.reference.products import quantize
 from moec.errors import MoecError
 from moec.ir import (
+    BatchNorm,
     ConcatWeights,
     ExpertFfn,
     ExpertGlu,
@@ -32,6 +33,7 @@ from moec.weights import LiveExperts, WeightStore, read_together
 
 # Operands that are weights of experts, by op.
 _PER_EXPERT: dict[type[Op], tuple[str, ...]] = {
+    BatchNorm: ("mean", "var", "w", "b"),
     GroupedLinear: ("w", "b", "scale"),
     ExpertGlu: ("w", "b", "scale", "w_up", "b_up", "scale_up"),
     ExpertFfn: ("w_in", "w_out", "w_up", "b_in", "b_out", "b_up", "scale_in", "scale_out", "scale_up"),

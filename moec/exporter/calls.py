@@ -21,6 +21,13 @@ Mark = Callable[..., torch.Tensor]
 """x[T, D], and experts[T, K], weights[T, K] for a mixture -> [T, O]."""
 
 
+def why_unmarked(call: Call) -> str:
+    """Why a cut cannot stand in a file yet; empty if it can."""
+    if isinstance(call, DirectCall) or (isinstance(call, SlicedCall) and call.places is None):
+        return ""
+    return "experts that take rows by their places, all rows or rows of their choice are not exported yet"
+
+
 def call_marked(call: Call, module: torch.nn.Module, mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the cut's method returns, its experts computed by `mark`."""
     if isinstance(call, DirectCall):

@@ -15,6 +15,7 @@ from torch import nn
 from moec.backends.onnx.providers import providers_of
 from moec.compiler import compile_layer
 from moec.errors import MoecError
+from moec.exporter.calls import why_unmarked
 from moec.exporter.dynamic import dynamic_axes
 from moec.exporter.insert import Inserted, insert, name_sizes
 from moec.exporter.lowerings import place
@@ -116,6 +117,9 @@ def _report_absent(placed: Mapping[str, Placed], inserted: Sequence[Inserted], r
 def _place(lifted: Lifted, model: nn.Module, settings: Settings, report: ExportReport) -> Placed | None:
     layer = ExportedLayer(name=lifted.name, kind=lifted.kind, status="left alone", evidence=lifted.evidence)
     report.layers.append(layer)
+    layer.reason = why_unmarked(lifted.call)
+    if layer.reason:
+        return None
     compiled = compile_layer(lifted, Options.make(backend="reference"), "reference")
     if not compiled.layer.compiled:
         layer.reason = compiled.layer.reason

@@ -10,7 +10,7 @@ from moec.ir.ops_elementwise import Add, Mul, Pointwise
 from moec.ir.ops_fused import DenseFfn, ExpertFfn, ExpertGlu
 from moec.ir.ops_group import Exchange, Gather, Group
 from moec.ir.ops_linear import GroupedLinear, Linear, QuantizeRows
-from moec.ir.ops_norm import Norm
+from moec.ir.ops_norm import BatchNorm, Norm
 from moec.ir.ops_opaque import Opaque
 from moec.ir.ops_route import Route, RouteExperts
 from moec.ir.ops_weights import ConcatWeights, Constant, QuantizeWeight, SelectExperts, Weight
@@ -30,6 +30,7 @@ __all__ = [
     "OPS",
     "Act",
     "Add",
+    "BatchNorm",
     "Builder",
     "Combine",
     "CombineDense",

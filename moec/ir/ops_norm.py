@@ -59,3 +59,35 @@ class Norm(Op):
         require_shape(name, value, shape, f"for x {self.x.type}")
         if self.w is not None and value is self.b:
             require_shape(name, value, self.w.type.shape, f"like w {self.w.type}")
+
+
+@op("batch_norm")
+@dataclass(frozen=True)
+class BatchNorm(Op):
+    """x[R, D], offsets i32[E+1], mean[E, D], var[E, D], w[E, D]?, b[E, D]? -> [R, D] by statistics that are given.
+
+    Row r of expert e: (x - mean[e]) / sqrt(var[e] + eps), then times w[e] and plus b[e], where present. In fp32 (f64
+    for f64), rounded once at the end. Rows from offsets[E] on come out as zeros.
+    """
+
+    x: Value
+    offsets: Value
+    mean: Value
+    var: Value
+    _: KW_ONLY
+    w: Value | None = None
+    b: Value | None = None
+    eps: float
+
+    def infer(self) -> tuple[Tensor, ...]:
+        require_float("x", self.x)
+        require_rank("x", self.x, 2)
+        require(self.eps >= 0, "MOEC102", f"eps={self.eps} must be at least 0")
+        require_rank("mean", self.mean, 2)
+        shape = (self.mean.type.shape[0], self.x.type.shape[1])
+        for name, value in (("mean", self.mean), ("var", self.var), ("w", self.w), ("b", self.b)):
+            if value is not None:
+                require_dtype(name, value, *dict.fromkeys((self.x.type.dtype, "f32")))
+                require_shape(name, value, shape, f"for x {self.x.type} and mean {self.mean.type}")
+        check_offsets(self.offsets, shape[0], f"for mean {self.mean.type}")
+        return (self.x.type,)

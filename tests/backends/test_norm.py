@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from moec.ir import Norm
+from moec.ir import BatchNorm, Norm
 from tests.backends import oracle_rows
 from tests.backends.oracle_numbers import Sum, check_sum, listed, matrix
 from tests.backends.oracle_routing import group
@@ -87,3 +88,38 @@ def test_norm_keeps_bad_numbers_in_their_row() -> None:
     x[1, 0] = NAN
     found = evaluate_one(Norm, {"x": x}, kind="layer", eps=1e-5)
     assert found.isnan().any(1).tolist() == [False, True, False]
+
+
+@each_routing
+@pytest.mark.parametrize("parts", ["", "wb", "b"])
+def test_batch_norm(routing: Routing, parts: str) -> None:
+    order, offsets = group(routing.ids.tolist(), routing.experts)
+    x = some(len(order), 6)
+    x[offsets[-1] :] = NAN
+    mean, var, w, b = (some(routing.experts, 6) for _ in range(4))
+    var = var.square()
+    more = {"w": w, "b": b}
+    expected = [[0.0] * 6 for _ in order]
+    for e in range(routing.experts):
+        if offsets[e] == offsets[e + 1]:
+            mean[e] = var[e] = w[e] = b[e] = NAN
+        for r in range(offsets[e], offsets[e + 1]):
+            for d in range(6):
+                y = (float(x[r, d]) - float(mean[e, d])) / math.sqrt(float(var[e, d]) + 1e-3)
+                y *= float(w[e, d]) if "w" in parts else 1.0
+                expected[r][d] = y + (float(b[e, d]) if "b" in parts else 0.0)
+    given = {"x": x, "offsets": torch.tensor(offsets, dtype=torch.int32), "mean": mean, "var": var}
+    _check(evaluate_one(BatchNorm, {**given, **{name: more[name] for name in parts}}, eps=1e-3), expected)
+
+
+@each_float
+def test_batch_norm_is_rounded_once(dtype: torch.dtype) -> None:
+    x, mean, w = some(3, 4, dtype=dtype), some(2, 4), some(2, 4, dtype=dtype)
+    var = torch.full((2, 4), 0.25)
+    found = evaluate_one(
+        BatchNorm, {"x": x, "offsets": torch.tensor([0, 2, 3]), "mean": mean, "var": var, "w": w}, eps=0.0
+    )
+    each = torch.tensor([0, 0, 1])
+    exact = (x.double() - mean.double()[each]) * 2 * w.double()[each]
+    assert found.dtype == dtype
+    _check(found, exact.tolist())

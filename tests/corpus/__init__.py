@@ -11,6 +11,7 @@ from tests.corpus import (  # noqa: F401 - each registers its cases
     experts,
     hand_written,
     masked,
+    multitask,
     near_misses,
     not_moe,
     odd_bodies,

@@ -160,6 +160,44 @@ BROKEN = [
         "MOEC105",
         "b must be [8, 64] like w f32[8, 64], found f32[7, 64]",
     ),
+    # batch_norm
+    (
+        "batch_norm(%b2, %offsets, %x, %x) {eps=0.0}",
+        OPERANDS,
+        "MOEC104",
+        "x must hold floating point numbers, found bool[T, 64]",
+    ),
+    ("batch_norm(%x, %offsets, %f1, %x) {eps=0.0}", OPERANDS, "MOEC103", "mean must have 2 sizes, found f32[T]"),
+    (
+        "batch_norm(%f3, %offsets, %x, %x) {eps=0.0}",
+        OPERANDS,
+        "MOEC103",
+        "x must have 2 sizes, found f32[T, 2, 64]",
+    ),
+    (
+        "batch_norm(%x, %o, %m, %v) {eps=-1.0}",
+        "x: f32[T, 64], o: i32[9], m: f32[8, 64], v: f32[8, 64]",
+        "MOEC102",
+        "eps=-1.0 must be at least 0",
+    ),
+    (
+        "batch_norm(%x, %o, %m, %v) {eps=0.0}",
+        "x: f32[T, 64], o: i32[9], m: f32[8, 64], v: f32[7, 64]",
+        "MOEC105",
+        "var must be [8, 64] for x f32[T, 64] and mean f32[8, 64], found f32[7, 64]",
+    ),
+    (
+        "batch_norm(%x, %o, %m, %v, w=%w) {eps=0.0}",
+        "x: f32[T, 64], o: i32[9], m: f32[8, 64], v: f32[8, 64], w: f16[8, 64]",
+        "MOEC104",
+        "w must hold f32, found f16[8, 64]",
+    ),
+    (
+        "batch_norm(%x, %o, %m, %v) {eps=0.0}",
+        "x: f32[T, 64], o: i32[8], m: f32[8, 64], v: f32[8, 64]",
+        "MOEC105",
+        "offsets must be [9] for mean f32[8, 64], found i32[8]",
+    ),
     # dense dispatch
     ("dispatch_dense(%f1, %f3)", OPERANDS, "MOEC103", "x must have 2 sizes, found f32[T]"),
     ("dispatch_dense(%b2, %f3)", OPERANDS, "MOEC104", "x must hold floating point numbers, found bool[T, 64]"),

@@ -12,6 +12,7 @@ from moec.ir import (
     OPS,
     Act,
     Add,
+    BatchNorm,
     Combine,
     CombineDense,
     ConcatWeights,
@@ -238,6 +239,13 @@ def _norm(m: Making) -> None:
     m.builder.add(Norm(x, offsets=m.value("i32", m.experts + 1), w=w, kind=kind, eps=eps))
 
 
+def _batch_norm(m: Making) -> None:
+    shape, eps = (m.experts, m.width()), m.draw(NUMBERS)
+    x, offsets = m.value(m.dtype, m.slots(), shape[1]), m.value("i32", m.experts + 1)
+    statistics = (m.value(m.dtype, *shape), m.value("f32", *shape))
+    m.builder.add(BatchNorm(x, offsets, *statistics, w=m.some(m.dtype, *shape), b=m.some("f32", *shape), eps=eps))
+
+
 def _pointwise(m: Making) -> None:
     size, formula = (m.slots(), m.width()), m.draw(st.sampled_from(["tanh(a / 3) * 3", "a * sigmoid(-a)"]))
     a = m.value(m.dtype, *size)
@@ -301,6 +309,7 @@ MAKERS: dict[str, Callable[[Making], object]] = {
     "kept_weights": _kept_weights,
     "linear": _linear,
     "mul": _mul,
+    "batch_norm": _batch_norm,
     "norm": _norm,
     "pointwise": _pointwise,
     "opaque": _opaque,

@@ -78,6 +78,7 @@ RULES = [
     ('norm(%rows, offsets=%offsets, w=%w) {kind="rms", eps=0.0, w_shift=1.0}', MOE + ", w: f32[8, 64]", "f32[2T, 64]"),
     ('norm(%rows, offsets=%offsets, b=%b) {kind="layer", eps=0.0}', MOE + ", b: f32[8, 64]", "f32[2T, 64]"),
     ('norm(%rows, offsets=%offsets, w=%w) {kind="none", eps=0.0}', MOE + ", w: f32[8, 64]", "f32[2T, 64]"),
+    ("batch_norm(%rows, %offsets, %m, %v, b=%m) {eps=1e-05}", MOE + ", m: f32[8, 64], v: f32[8, 64]", "f32[2T, 64]"),
     # dense dispatch
     ("dispatch_dense(%x, %w) {softmax=true}", "x: f32[T, 64], w: f32[T, 8, 4]", "f32[32, 64], i32[9]"),
     ("combine_dense(%rows, %w)", "rows: bf16[E*C, 64], w: f32[T, E, C]", "bf16[T, 64]"),

@@ -16,6 +16,7 @@ from moec.backends.onnx.table import LOWERINGS
 from moec.ir import (
     OPS,
     Act,
+    BatchNorm,
     Combine,
     CombineDense,
     DenseFfn,
@@ -146,6 +147,9 @@ def test_rows_to_experts_and_back(routing: Routing) -> None:
     per_expert = {"w": some(routing.experts, D), "b": some(routing.experts, D)}
     compare(Norm, {"x": rows, "offsets": offsets, **per_expert}, kind="layer", eps=1e-5)
     compare(Norm, {"x": rows, "offsets": offsets, **per_expert}, kind="none", eps=0.0)
+    statistics = {"mean": some(routing.experts, D), "var": some(routing.experts, D).square()}
+    compare(BatchNorm, {"x": rows, "offsets": offsets, **statistics}, eps=1e-5)
+    compare(BatchNorm, {"x": rows, "offsets": offsets, **statistics, **per_expert}, eps=1e-3)
 
 
 @each_routing

@@ -171,10 +171,20 @@ def deepctr(name: str, **options: Any) -> nn.Module:
 
     columns = [SparseFeat("a", 10, embedding_dim=4), DenseFeat("b", 3)]
     layer: nn.Module = getattr(multitask, name)(
-        columns, expert_dnn_hidden_units=(24, 8), gate_dnn_hidden_units=(), tower_dnn_hidden_units=(),
-        task_types=["binary", "regression"], task_names=["x", "y"], **options,
+        columns, gate_dnn_hidden_units=(), tower_dnn_hidden_units=(), task_types=["binary", "regression"],
+        task_names=["x", "y"], **{"expert_dnn_hidden_units": (24, 8), **options},
     )  # fmt: skip
-    return layer
+    return filled(layer)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model with weights that matter and statistics as if it had been trained: some packages start near zero."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+        elif tensor.is_floating_point():
+            tensor.normal_().mul_(0.3 if tensor.dim() < 2 else tensor.shape[-1] ** -0.5)
+    return model
 
 
 class ByName(nn.Module):
@@ -189,13 +199,14 @@ class ByName(nn.Module):
         return out
 
 
-def rechub() -> nn.Module:
+def rechub(name: str, *counts: int) -> nn.Module:
     from torch_rechub.basic.features import DenseFeature
-    from torch_rechub.models.multi_task import MMOE
+    from torch_rechub.models import multi_task
 
     towers = [{"dims": [8]}, {"dims": [8]}]
     given = [DenseFeature(f"f{i}") for i in range(D)]
-    return ByName(MMOE(given, ["classification", "regression"], 4, {"dims": [24, 8]}, towers))
+    tasks = ["classification", "regression"]
+    return filled(ByName(getattr(multi_task, name)(given, tasks, *counts, {"dims": [24, 8]}, towers)))
 
 
 def mixtures(name: str) -> nn.Module:

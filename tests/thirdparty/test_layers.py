@@ -15,6 +15,7 @@ from tests.thirdparty import layers
 from tests.thirdparty.layers import Layer
 
 PLACES = "rows given by their places"
+DENSE = "a dense mixture, all experts take all rows"
 EVERY = (
     Layer(
         "mixture-of-experts", "one-hot capacity einsum", partial(layers.mixture_of_experts, "all"), layers.sequences,
@@ -25,8 +26,8 @@ EVERY = (
         partial(layers.mixture_of_experts, "random"), layers.sequences, form=PLACES, random=True,
     ),
     Layer(
-        "mixture-of-experts, hierarchical", "gates at two levels", layers.hierarchical, layers.sequences, 0,
-        reason="behind the experts' layers have no name",
+        "mixture-of-experts, hierarchical", "gates at two levels", layers.hierarchical, layers.sequences,
+        form="axes 0 to 1 of the rows count experts, 3 x 4",
     ),
     Layer(
         "st-moe-pytorch", "capacity einsum, list of experts, gates drawn in eval", layers.st_moe, layers.sequences,
@@ -57,16 +58,30 @@ EVERY = (
     ),
     Layer(
         "deepctr-torch MMOE", "dense mixture, a gate for each task",
-        partial(layers.deepctr, "MMOE", num_experts=3), layers.features, 0, reason="expert",
+        partial(layers.deepctr, "MMOE", num_experts=3), layers.features, form=DENSE,
+    ),
+    Layer(
+        "deepctr-torch MMOE, batch norm", "dense mixture, experts of three layers with batch norm",
+        partial(layers.deepctr, "MMOE", num_experts=3, dnn_use_bn=True, expert_dnn_hidden_units=(24, 12, 8)),
+        layers.features, form="batch norm (eps 1e-05); relu; batch norm",
     ),
     Layer(
         "deepctr-torch PLE", "dense mixture, experts of tasks and shared ones",
-        partial(layers.deepctr, "PLE", shared_expert_num=2, specific_expert_num=2, num_levels=1), layers.features, 0,
-        reason="expert",
+        partial(layers.deepctr, "PLE", shared_expert_num=2, specific_expert_num=2, num_levels=1), layers.features,
+        form="6 experts, all of them run and unified, take the same rows",
     ),
     Layer(
-        "torch-rechub MMOE", "dense mixture, experts with batch norm", layers.rechub, layers.rows, 0,
-        reason="native_batch_norm",
+        "deepctr-torch PLE, two levels", "dense mixtures one behind the other",
+        partial(layers.deepctr, "PLE", shared_expert_num=1, specific_expert_num=2, num_levels=2), layers.features,
+        form="level 2: 5 experts, all of them run and unified, take 3 tensors of rows",
+    ),
+    Layer(
+        "torch-rechub MMOE", "dense mixture, experts with batch norm", partial(layers.rechub, "MMOE", 4), layers.rows,
+        form="batch norm (eps 1e-05); relu",
+    ),
+    Layer(
+        "torch-rechub PLE", "dense mixtures one behind the other, batch norm", partial(layers.rechub, "PLE", 2, 2, 1),
+        layers.rows, form="level 2: 5 experts, all of them run and unified, take 3 tensors of rows",
     ),
     Layer("pytorch-mixtures TopkMoE", "loop over a list", partial(layers.mixtures, "TopkMoE"), layers.sequences),
     Layer(

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from moec.errors import MoecError
-from moec.frontends.torch.discover import Candidate, discover_ffn, discover_moe, is_widening, passed_over, together
+from moec.frontends.torch.dense import NoMixture, analyse_dense
+from moec.frontends.torch.discover import (
+    Candidate,
+    discover_ffn,
+    discover_moe,
+    discover_outer,
+    is_widening,
+    passed_over,
+    together,
+)
 from moec.frontends.torch.ffn import NotRun, analyse_ffn
 from moec.frontends.torch.instances import Chained, NotLifted
 from moec.frontends.torch.lifted import Lifted
@@ -73,6 +82,7 @@ def analyse(
     taken: set[str] = set()
     for attempts in together(discover_moe(model), params):
         taken |= _analyse_moe(model, attempts, drivers, params, found, progress)
+    taken |= _analyse_dense(model, drivers, params, found, progress)
     # Modules may hold the very experts of others: what is taken is taken under all its names.
     held = {id(params[name]) for name in taken}
     taken |= {name for name, tensor in params.items() if id(tensor) in held}
@@ -85,6 +95,8 @@ def analyse(
             found.refused.append(Refused(candidate.name, "moe", reason))
     looked_at = {*(one.name for one in found.lifted), *(one.name for one in found.refused)}
     for name, note in passed_over(model):
+        if any(weight.startswith(f"{name}.") for one in found.lifted for weight in _weights(one)):
+            continue
         if not any(f"{one}.".startswith(f"{name}.") or f"{name}.".startswith(f"{one}.") for one in looked_at if one):
             found.notes.append(note)
     return found
@@ -122,6 +134,80 @@ def _analyse_moe(
         found.refused.append(Refused(computed_owner(first.name), "moe", str(why), why.tried))
         return set() if isinstance(why, Chained) else first.weights
     return taken
+
+
+def _analyse_dense(
+    model: nn.Module,
+    drivers: Drivers,
+    params: Mapping[str, torch.Tensor],
+    found: Analysis,
+    progress: Callable[[str], None],
+) -> set[str]:
+    """Look for dense mixtures where no other mixture was found; returns the weights that are taken."""
+    refused = {one.name for one in found.refused if one.kind == "moe"}
+    plain = [one for one in discover_moe(model) if computed_owner(one.name) in refused]
+    candidates = [one for one in (*discover_outer(model), *plain) if _usable(model, one)]
+    if not candidates:
+        return set()
+    offered = _plain_matrices(model).union(*(one.weights for one in candidates))
+    offered = offered.difference(*(_weights(one) for one in found.lifted))
+    taken: set[str] = set()
+    for candidate in candidates:
+        if not candidate.weights <= offered or any(_within(one.name, candidate.name) for one in found.lifted):
+            continue
+        progress(candidate.name)
+        try:
+            layer = analyse_dense(candidate, offered, drivers, params)
+            check_weights(model, layer.name, _weights(layer).intersection(dict(model.named_parameters())))
+        except NotLifted as reason:
+            _say_more(found, candidate, reason)
+            continue
+        found.lifted.append(layer)
+        offered -= _weights(layer)
+        taken |= _weights(layer)
+        # What was refused within it was a part of the experts, or stays a part of the block.
+        found.refused = [one for one in found.refused if one.kind != "moe" or not _within(one.name, layer.name)]
+    return taken
+
+
+def _plain_matrices(model: nn.Module) -> set[str]:
+    """Matrices that may be a mixture's beside a candidate's, such as those of an expert that is alone in its list."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {
+        name
+        for name, p in named
+        if p.dim() == 2 and type(p) is nn.Parameter and p.is_floating_point() and "parametrizations." not in name
+    }
+
+
+def _usable(model: nn.Module, candidate: Candidate) -> bool:
+    try:
+        check_weights(model, computed_owner(candidate.name), candidate.weights)
+    except NotLifted:
+        return False
+    return True
+
+
+def _weights(layer: Lifted) -> set[str]:
+    """The parameters that a layer's experts read, by their names in the model."""
+    lead = f"{layer.name}." if layer.name else ""
+    each = (entry if isinstance(entry, tuple) else (entry,) for entry in layer.views.values())
+    return {lead + view.param for entry in each for view in entry}
+
+
+def _say_more(found: Analysis, candidate: Candidate, reason: NotLifted) -> None:
+    """A dense mixture that cannot be cut says more about its experts than what was found before."""
+    if isinstance(reason, NoMixture):
+        return
+    said = Refused(computed_owner(candidate.name), "moe", str(reason), reason.tried)
+    for i, one in enumerate(found.refused):
+        if (one.name, one.kind) == (said.name, "moe"):
+            found.refused[i] = said
+            return
+
+
+def _within(inner: str, outer: str) -> bool:
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 def _analyse_ffn(

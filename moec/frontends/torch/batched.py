@@ -41,11 +41,16 @@ class Product:
 
 def read_batched(log: Log, weights: set[str], params: Mapping[str, torch.Tensor]) -> Reading:
     """The body that the log's batched products compute. Raises NotLifted with the reason."""
-    expert_params = {n: params[n] for n in weights}
+    expert_params = {n: _one_axis(params[n]) for n in weights}
     found = [p for e in log.entries if (p := _product(log, e, expert_params)) is not None]
     if not found:
         raise NotLifted("no product with the candidate's weights was seen")
     return read_products(log, [_with_bias(log, p, params) for p in found], params)
+
+
+def _one_axis(stack: torch.Tensor) -> torch.Tensor:
+    """A stack of experts at several levels, [E1, E2, .., ..], as one of all of them."""
+    return stack.flatten(0, -3) if stack.dim() > 3 and stack.is_contiguous() else stack
 
 
 def read_products(log: Log, products: Sequence[Product], params: Mapping[str, torch.Tensor]) -> Reading:

@@ -128,7 +128,7 @@ def build_body(
     # An expert may have run without rows; one that had many answers best.
     instance = max(instances, key=lambda i: log.tensors[i.rows].numel())
     named = {bank.role: bank for bank in banks if not bank.role.endswith("_tail")}
-    body = _without_tail(log, instance, named)
+    body = with_activation(log, instance, named)
     if not instance.tail:
         return body
     norm, places = name_tail(log, instance, [view_tensor(params, view) for view in instance.vectors])
@@ -139,7 +139,8 @@ def build_body(
     return replace(body, banks=named, tail=norm)
 
 
-def _without_tail(log: Log, instance: Instance, named: Mapping[str, Bank]) -> Body:
+def with_activation(log: Log, instance: Instance, named: Mapping[str, Bank]) -> Body:
+    """The body without what follows its last layer; raises NotLifted where what lies between the layers has no name."""
     if instance.down is None:
         return Body(named, None)
     widths, width = [up.weight.shape[0] for up in instance.ups], instance.down.weight.shape[1]

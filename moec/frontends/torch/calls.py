@@ -41,7 +41,8 @@ class Call(Protocol):
         ...
 
 
-def _check(x: Any, ranks: Collection[int], dtype: torch.dtype, width: int) -> torch.Tensor:
+def check_tokens(x: Any, ranks: Collection[int], dtype: torch.dtype, width: int) -> torch.Tensor:
+    """x where it is a tensor of tokens as it was verified. Raises Unusual, NoTokens where it is empty."""
     if not isinstance(x, torch.Tensor) or x.dim() not in ranks:
         found = f"has {x.dim()} dimensions" if isinstance(x, torch.Tensor) else "is no tensor"
         verified = " or ".join(map(str, sorted(ranks)))
@@ -55,7 +56,8 @@ def _check(x: Any, ranks: Collection[int], dtype: torch.dtype, width: int) -> to
     return x
 
 
-def _check_more(given: Any, more: More, tokens: Sequence[int]) -> torch.Tensor:
+def check_more(given: Any, more: More, tokens: Sequence[int]) -> torch.Tensor:
+    """A tensor beside the tokens, where its dtype and shape are as verified. Raises Unusual."""
     if not isinstance(given, torch.Tensor) or given.dtype != more.dtype:
         raise Unusual(f"argument {more.name} is no tensor of {more.dtype} as it was when verified")
     if tuple(given.shape) != more.sizes(tokens):
@@ -63,7 +65,7 @@ def _check_more(given: Any, more: More, tokens: Sequence[int]) -> torch.Tensor:
     return given
 
 
-def _check_others(bound: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_others(bound: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Arguments without a role must be what was verified; a tensor that the code never reads (a Ref) may be any."""
     if bound.keys() != expected.keys():
         raise Unusual(f"other arguments than those verified: {sorted(bound.keys() ^ expected.keys())}")
@@ -96,22 +98,22 @@ class DirectCall:
     ) -> Any:
         roles = self.roles
         if roles.form is None and len(args) == 1 and not kwargs and not self.others:
-            x = _check(args[0], self.out_shapes, self.dtype, self.inputs)
+            x = check_tokens(args[0], self.out_shapes, self.dtype, self.inputs)
             if x.dim() == 2 and self._alike[2]:  # rows already; a reshape of a small layer's is a part of its time
                 return executable(x)[0]
             (y,) = executable(x.reshape(-1, self.inputs))
             return y.reshape(self._shape(x))
         bound = self.binder(args, kwargs)
-        x = _check(bound.pop(roles.x, None), self.out_shapes, self.dtype, self.inputs)
+        x = check_tokens(bound.pop(roles.x, None), self.out_shapes, self.dtype, self.inputs)
         rows = x.reshape(-1, self.inputs)
         if roles.form is None:
-            _check_others(bound, self.others)
+            check_others(bound, self.others)
             (y,) = executable(rows)
         else:
             routing = {name: bound.pop(name, None) for name in roles.tensors if name != roles.x}
             if not all(isinstance(v, torch.Tensor) for v in routing.values()):
                 raise Unusual("the routing is not given as tensors")
-            _check_others(bound, self.others)
+            check_others(bound, self.others)
             if roles.weights is not None and routing[roles.weights].dtype != self.weight_dtype:
                 raise Unusual(f"the weights are {routing[roles.weights].dtype}, not {self.weight_dtype}")
             if self.ids is not None and roles.selector is not None:
@@ -151,11 +153,10 @@ class PlacedCall:
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         bound = self.binder(args, kwargs)
-        x = _check(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
-        _check_others(bound, self.others)
-        axis = self.places.x_axis
-        if axis is not None and x.shape[axis] != self.experts:
-            raise Unusual(f"axis {axis} of the input counts {x.shape[axis]}, not {self.experts} experts")
+        x = check_tokens(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
+        check_others(bound, self.others)
+        if not self.places.counted(x.shape, self.experts):
+            raise Unusual(f"the input is {tuple(x.shape)}, which has no rows for {self.experts} experts as verified")
         rows = self.places.rows(x, self.experts)
         (y,) = executable(rows, *FORMS["places"](None, rows, rows.shape[0], self.experts, 1))
         return self.places.back(y, self.places.shape(x.shape, self.experts, y.shape[-1]))
@@ -184,9 +185,9 @@ class ChosenCall:
         self, module: torch.nn.Module, executable: Executable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         bound = self.binder(args, kwargs)
-        x = _check(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
+        x = check_tokens(bound.pop(self.x_name, None), (self.rank,), self.dtype, self.inputs)
         tokens, weights = (bound.pop(name, None) for name in (self.tokens_name, self.weights_name))
-        _check_others(bound, self.others)
+        check_others(bound, self.others)
         if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise Unusual("the tokens that experts choose are not given as integers")
         if not isinstance(weights, torch.Tensor) or weights.dtype != self.weight_dtype:
@@ -222,7 +223,7 @@ class SlicedCall:
         s = self.sliced
         one = self._takes_one and len(args) == 1 and not kwargs
         given, more = (args[0], ()) if one else self._among(args, kwargs)
-        x = _check(given, (self.rank,), self.dtype, self.width)
+        x = check_tokens(given, (self.rank,), self.dtype, self.width)
         # The recorded operations are those of a contiguous input; on another, view would fail where reshape did not.
         even, dims = x.contiguous(), x.shape
         x, selector, weights, y_shape, carried = s.to_experts(module, dims, even, *more)
@@ -265,7 +266,9 @@ class SlicedCall:
         """
         bound = self.binder(args, kwargs)
         given = bound.pop(self.sliced.x_name, None)
-        x = _check(given, (self.rank,), self.dtype, self.width)  # first: a call without tokens may have any others
-        more = tuple(_check_more(bound.pop(m.name, None), m, x.shape).contiguous() for m in self.sliced.more)
-        _check_others(bound, self.sliced.others)
+        x = check_tokens(
+            given, (self.rank,), self.dtype, self.width
+        )  # first: a call without tokens may have any others
+        more = tuple(check_more(bound.pop(m.name, None), m, x.shape).contiguous() for m in self.sliced.more)
+        check_others(bound, self.sliced.others)
         return given, more

@@ -1,7 +1,7 @@
 """Candidates by the geometry of their parameters alone.
 
-Stacks [E, .., ..], lists of equal modules, flat packs, and pairs of FFN matrices. Being a candidate means being looked
-at; what a module computes is decided by running it.
+Stacks [E, .., ..] or [E1, E2, .., ..], lists of equal modules, flat packs, and pairs of FFN matrices. Being a
+candidate means being looked at; what a module computes is decided by running it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,33 @@ class Candidate:
 
 def discover_moe(model: nn.Module) -> list[Candidate]:
     """MoE candidates in the order of the model's modules."""
+    return list(_without_stacks_of_layers(_all_moes(model)))
+
+
+def discover_outer(model: nn.Module) -> list[Candidate]:
+    """Candidates that hold others: stacks of layers, mostly, or experts that hold lists of layers, innermost first.
+
+    A list within lists belongs to the module that holds the outermost one.
+    """
+    moes = _all_moes(model)
+    inner = {candidate.name for candidate in _without_stacks_of_layers(moes)}
+    found: dict[str, Candidate] = {}
+    for name, candidate in moes.items():
+        owner = name
+        while owner and _is_list(model.get_submodule(owner)):
+            owner = owner.rpartition(".")[0]
+        if name not in inner or owner != name:
+            held = found.setdefault(owner, Candidate(owner, "moe"))
+            held.weights |= candidate.weights
+            held.groups += candidate.groups
+    return sorted(found.values(), key=lambda candidate: -candidate.name.count("."))
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict) and _default_forward(module)
+
+
+def _all_moes(model: nn.Module) -> dict[str, Candidate]:
     moes: dict[str, Candidate] = {}
     for name, module in model.named_modules():
         for owner, weights in _experts(name, module):
@@ -41,7 +68,7 @@ def discover_moe(model: nn.Module) -> list[Candidate]:
                 candidate = moes.setdefault(owner, Candidate(owner, "moe"))
                 candidate.weights.update(weights)
                 candidate.groups.append(weights)
-    return list(_without_stacks_of_layers(moes))
+    return moes
 
 
 def _join(*parts: str) -> str:
@@ -56,7 +83,7 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[str, set[str]]]:
     if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _CONTAINERS):
         return  # torch's own layers hold kernels and projections, no experts
     own = {n: p for n, p in module._parameters.items() if p is not None}
-    stacks = {n: p for n, p in own.items() if p.dim() == 3 and p.shape[0] > 1}
+    stacks = {n: p for n, p in own.items() if p.dim() == 3 and p.shape[0] > 1} or _of_levels(own)
     if stacks:
         yield _owner(name, module), {_join(name, n) for n in _of_experts(stacks)}
     elif not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn"):
@@ -77,6 +104,13 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[str, set[str]]]:
     if isinstance(module, nn.ParameterList) and len(own) > 1 and all(p.dim() == 2 for p in own.values()):  # noqa: SIM102
         if len({p.shape for p in own.values()}) == 1:
             yield _owner(name, module), {_join(name, n) for n in own}
+
+
+def _of_levels(own: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Stacks [E1, E2, .., ..] of experts at two levels: at least two of the same leading sizes, or they are kernels."""
+    deep = {n: p for n, p in own.items() if p.dim() == 4 and min(p.shape[:2]) > 1}
+    times = Counter(p.shape[:2] for p in deep.values())
+    return {n: p for n, p in deep.items() if times[p.shape[:2]] > 1}
 
 
 def _of_experts(stacks: dict[str, nn.Parameter]) -> list[str]:

@@ -77,6 +77,15 @@ def split(log: Log, site: Site, expert_entries: Sequence[int], *, opened: bool =
     return Blocks(log, site, prefix, suffix, first, last)
 
 
+def outside(log: Log, site: Site, expert_entries: Sequence[int]) -> Blocks:
+    """All items of `site` but the experts' own entries, wherever they stand between those, as one prefix."""
+    taken = frozenset(expert_entries)
+    children = _folded(log, site, taken)
+    items = _items(log, children, site.start, site.end)
+    own = tuple(item for item in items if item.entry is None or item.entry.index not in taken)
+    return Blocks(log, site, own, (), site.end, site.start)
+
+
 def _folded(log: Log, site: Site, experts: frozenset[int]) -> dict[int, Site]:
     """Outermost submodule calls inside the site without an expert's entry, by their first entry."""
     found: dict[int, Site] = {}
@@ -125,8 +134,8 @@ def _items(log: Log, folded: dict[int, Site], start: int, end: int) -> Iterator[
         index += 1
 
 
-def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int] | None) -> list[Item] | None:
-    """Items that the wanted (slot, moment) values need, taking slot y[0] as given after entry y[1].
+def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], *given_after: tuple[int, int]) -> list[Item] | None:
+    """Items that the wanted (slot, moment) values need, taking each slot y[0] of the last as given after entry y[1].
 
     None when one of them lies among the experts.
     """
@@ -134,13 +143,14 @@ def needed(blocks: Blocks, wanted: Sequence[tuple[int, int]], y: tuple[int, int]
     by_entry = {i: item for item in blocks.items for i in range(item.start, item.end)}
     kept: dict[int, Item] = {}
     todo = list(wanted)
-    given = {log.storages[y[0]]: y[1]} if y is not None else {}
+    given = {log.storages[slot]: moment for slot, moment in given_after}
+    known = {slot for slot, _ in given_after}
     while todo:
         slot, at = todo.pop()
         since = given.get(log.storages[slot], -1)
         sources = [i for i in log.writers(slot, at) if i > since]
         made = log.makers(slot, at)
-        if made and (y is None or slot != y[0]):
+        if made and slot not in known:
             # The same view may be taken more than once, also inside a call that does not hand it out.
             shown = (
                 i for i in reversed(made) if i < blocks.site.start or (i in by_entry and slot in by_entry[i].results)

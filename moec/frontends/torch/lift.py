@@ -5,18 +5,21 @@ T tokens, K experts per token, E experts, D inputs of an expert, F its hidden wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from moec.frontends.torch.activation import Activation
 from moec.frontends.torch.banks import Bank
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.chain import Affine, Chain, Layer
 from moec.frontends.torch.formula import Written
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.tail import Norm
 from moec.ir import (
     Add,
+    BatchNorm,
     Builder,
     Combine,
     Constant,
@@ -52,6 +55,8 @@ def common_dtype(body: Body, params: Mapping[str, torch.Tensor], dtype: torch.dt
 
 def weight_names(body: Body) -> dict[str, str]:
     """Reference in the IR for each role: gate and up by what they are, not by the order of use."""
+    if isinstance(body, Chain):
+        return {role: _name_in_chain(*role.split("_")) for role in body.banks}
     layout = body.activation.layout if body.activation is not None else None
     if layout == "pair":
         first, second = "gate", "up"
@@ -65,10 +70,17 @@ def weight_names(body: Body) -> dict[str, str]:
     return {role: ("" if role.startswith("w_") else "bias_") + ends[role[2:]] for role in body.banks}
 
 
+def _name_in_chain(kind: str, place: str) -> str:
+    """layer0, bias_layer0, and for a batch norm norm1, bias_norm1, mean_norm1, var_norm1."""
+    place = "layer0" if place == "up0" else place
+    lead = {"w": "", "scale": "", "b": "bias_", "shift": "bias_"}.get(kind, f"{kind}_")
+    return f"{lead}{place}"
+
+
 class _Lifter:
-    def __init__(self, name: str, body: Body, dtype: str) -> None:
-        self.builder, self.body, self.dtype = Builder(name), body, dtype
-        self.names = weight_names(body)
+    def __init__(self, builder: Builder, body: Body, dtype: str, ending: str = "") -> None:
+        self.builder, self.body, self.dtype = builder, body, dtype
+        self.names = {role: name + ending for role, name in weight_names(body).items()}
 
     def weight(self, role: str, grouped: bool) -> Value | None:
         bank = self.body.banks.get(role)
@@ -91,6 +103,8 @@ class _Lifter:
 
     def expert(self, rows: Value, offsets: Value | None) -> Value:
         """f_e of each row."""
+        if isinstance(self.body, Chain) and offsets is not None:
+            return self.chain(self.body, rows, offsets)
         out = self.products(rows, offsets)
         return out if self.body.tail is None else self.norm(out, offsets, self.body.tail)
 
@@ -121,6 +135,30 @@ class _Lifter:
             each = offsets if grouped else None
             hidden = self.builder.add(NormRows(hidden, offsets=each, w=scale, kind="none", eps=0.0), name="h_scaled")
         return self.product(hidden, "down", offsets, "out")
+
+    def chain(self, body: Chain, rows: Value, offsets: Value) -> Value:
+        """The steps of an expert of any number of layers."""
+        for step in body.steps:
+            if isinstance(step, Layer):
+                rows = self.product(rows, step.place, offsets, "h")
+            elif isinstance(step, Affine):
+                mean, var, w, b = (self.weight(f"{n}_{step.place}", True) for n in ("mean", "var", "scale", "shift"))
+                assert mean is not None
+                assert var is not None
+                rows = self.builder.add(BatchNorm(rows, offsets, mean, var, w=w, b=b, eps=step.eps), name="normed")
+            elif isinstance(step, Written):
+                rows = self.builder.add(Pointwise(rows, formula=step.text), name="a")
+            else:
+                rows = self.builder.add(self.activated(step, rows), name="a")
+        return rows
+
+    def activated(self, activation: Activation, rows: Value) -> Act | Glu:
+        """The activation of one product's rows."""
+        given = {"fn": activation.fn, "limit": activation.limit, "clamp_after": activation.clamp_after}
+        given |= {"alpha": activation.alpha} if activation.alpha is not None else {}
+        if activation.layout is None:
+            return Act(rows, **given)  # type: ignore[arg-type]
+        return Glu(rows, layout=activation.layout, up_shift=activation.up_shift, **given)  # type: ignore[arg-type]
 
     def products(self, rows: Value, offsets: Value | None) -> Value:
         """The expert's two layers, or the one."""
@@ -155,13 +193,37 @@ class _Lifter:
         return self.ending(hidden, offsets)
 
 
+def lift_stages(name: str, bodies: Sequence[Body], *, dtype: str) -> Region:
+    """Region of several mixtures that have nothing to do with each other: x [T, D], experts i32 [T, 1] and weights
+    [T, 1] for each of them, the later ones' names and letters numbered, and one output [T, O] each.
+    """
+    b = Builder(name)
+    outputs = [_add_stage(b, body, dtype, _ending(i)) for i, body in enumerate(bodies)]
+    return b.build(*outputs)
+
+
+def _ending(stage: int) -> str:
+    return f"_{stage + 1}" if stage else ""
+
+
+def _add_stage(b: Builder, body: Body, dtype: str, ending: str) -> Value:
+    letter = f"T{ending.removeprefix('_')}"
+    x = b.input(f"x{ending}", Tensor.of(dtype, letter, body.inputs))
+    experts = b.input(f"experts{ending}", Tensor.of("i32", letter, 1))
+    weights = b.input(f"weights{ending}", Tensor.of(dtype, letter, 1))
+    order, offsets = b.add_many(Group(experts, experts=body.experts), (f"order{ending}", f"offsets{ending}"))
+    rows = b.add(Gather(x, order, k=1), name=f"rows{ending}")
+    out = _Lifter(b, body, dtype, ending).expert(rows, offsets)
+    return b.add(Combine(out, order, weights), name=f"y{ending}")
+
+
 def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtype: str, on_input: bool) -> Region:
     """Region with inputs x [T, D], experts i32 [T, K], weights [T, K] and one output [T, O].
 
     `slots` is K, a letter when it varies.
     """
-    lifter = _Lifter(name, body, dtype)
-    b = lifter.builder
+    b = Builder(name)
+    lifter = _Lifter(b, body, dtype)
     x = b.input("x", Tensor.of(dtype, "T", body.inputs))
     experts = b.input("experts", Tensor.of("i32", "T", slots))
     weights = given = b.input("weights", Tensor.of(weight_dtype, "T", slots))
@@ -180,8 +242,8 @@ def lift_moe(name: str, body: Body, *, slots: int | str, dtype: str, weight_dtyp
 
 def lift_chosen(name: str, body: Body, *, dtype: str, weight_dtype: str, on_input: bool) -> Region:
     """Expert choice: a region with inputs x [T, D], tokens i32 [E, C], weights [E, C] and one output [T, O]."""
-    lifter = _Lifter(name, body, dtype)
-    b = lifter.builder
+    b = Builder(name)
+    lifter = _Lifter(b, body, dtype)
     x = b.input("x", Tensor.of(dtype, "T", body.inputs))
     tokens = b.input("tokens", Tensor.of("i32", body.experts, "C"))
     weights = b.input("weights", Tensor.of(weight_dtype, body.experts, "C"))
@@ -199,8 +261,8 @@ def lift_routed(name: str, body: Body, route: Callable[[Builder, Value], tuple[V
 
     `route` adds the ops from logits to weights and experts [T, K], order and offsets.
     """
-    lifter = _Lifter(name, body, dtype)
-    b = lifter.builder
+    b = Builder(name)
+    lifter = _Lifter(b, body, dtype)
     x = b.input("x", Tensor.of(dtype, "T", body.inputs))
     weights, experts, order, offsets = route(b, b.input("logits", Tensor.of("f32", "T", body.experts)))
     slots = experts.type.shape[1].constant
@@ -211,9 +273,18 @@ def lift_routed(name: str, body: Body, route: Callable[[Builder, Value], tuple[V
 
 def lift_dense(name: str, body: Body, *, dtype: str) -> Region:
     """Region with input x [T, D] and one output [T, O]."""
-    lifter = _Lifter(name, body, dtype)
+    lifter = _Lifter(Builder(name), body, dtype)
     x = lifter.builder.input("x", Tensor.of(dtype, "T", body.inputs))
     return lifter.builder.build(lifter.expert(x, None))
+
+
+def stage_views(bodies: Sequence[Body], prefix: str) -> dict[str, View | tuple[View, ...]]:
+    """Where each weight reference of the region of several mixtures lives."""
+    return {
+        name + _ending(i): views
+        for i, body in enumerate(bodies)
+        for name, views in weight_views(body, prefix, dense=False).items()
+    }
 
 
 def weight_views(body: Body, prefix: str, *, dense: bool) -> dict[str, View | tuple[View, ...]]:

@@ -38,7 +38,9 @@ class Lifted:
     @property
     def longest(self) -> int:
         """Terms of the longest reduction."""
-        return max(bank.shape[1] for role, bank in self.body.banks.items() if role.startswith(("w_up", "w_down")))
+        return max(
+            bank.shape[1] for role, bank in self.body.banks.items() if role.startswith(("w_up", "w_down", "w_layer"))
+        )
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -127,9 +127,12 @@ def _rows(call: PlacedCall, like: torch.Tensor, sizes: list[int]) -> Iterator[tu
         return
     for label, rows in inputs(2, call.inputs, like.dtype, like.device, [n * call.experts for n in sizes]):
         each = len(rows) // call.experts
-        lead = shape_for(call.rank - 1, each, call.inputs)[:-1] if call.rank > 3 else (each,)
-        shaped = rows[: each * call.experts].reshape(call.experts, *lead, call.inputs)
-        yield label.replace("tokens", "rows"), shaped.movedim(0, axis).contiguous()
+        rank = call.rank - call.places.span + 1
+        lead = shape_for(rank - 1, each, call.inputs)[:-1] if rank > 3 else (each,)
+        counted = call.places.sizes or (call.experts,)
+        shaped = rows[: each * call.experts].reshape(*counted, *lead, call.inputs)
+        axes = tuple(range(call.places.span))
+        yield label.replace("tokens", "rows"), shaped.movedim(axes, tuple(axis + i for i in axes)).contiguous()
 
 
 def _exact(body: Body, params: Mapping[str, torch.Tensor], places: Places, x: torch.Tensor) -> torch.Tensor:

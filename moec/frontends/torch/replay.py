@@ -17,6 +17,11 @@ def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], 
     Slots in `given` have the given values, all others the recorded ones. Raises what the ops raise: a recorded shape
     may not fit a given value.
     """
+    return replay_all(log, entries, given)[wanted]
+
+
+def replay_all(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The same, with the values of all slots that were given, read or made."""
     env: dict[int, torch.Tensor] = dict(given)
     with torch.no_grad():
         for index in sorted(entries):
@@ -40,7 +45,7 @@ def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], 
             for slot, value in zip(_slots(entry.outs), tree_flatten(out)[0], strict=True):
                 if slot is not None and slot not in given:
                     env[slot] = value
-    return env[wanted]
+    return env
 
 
 def _slots(tree: Any) -> list[int | None]:

@@ -94,12 +94,12 @@ def slice_block(
     """
     main = parts[0]
     log, site = main.log, main.site
-    name, dims, more = _inputs(parts)
+    name, dims, more = inputs_of(parts)
     heads = [(s, main.first) for s in (found.x, found.selector, found.weights) if s is not None]
     ends = [(s, site.end) for s in slots(site.result)]
     y = (found.y, found.complete)
     kept = needed(main, ends, y)
-    ahead = needed(main, heads, None)
+    ahead = needed(main, heads)
     if kept is None or ahead is None:
         raise NotLifted("the block's result needs values computed among its experts")
     chosen = {item.start: item for item in [*kept, *ahead]}
@@ -107,7 +107,7 @@ def slice_block(
     dropped = set(range(site.start, site.end)) - kept_entries
     check_replaced(log, (found.y, found.complete + 1), dropped, named, body.params, site.start)
     check_writes(log, site.start, site.end, site.label or "the model")
-    _check_reads(main, found)
+    check_reads(main, frozenset(found.routing))
     before = [chosen[i] for i in sorted(chosen) if i < main.first]
     after = [chosen[i] for i in sorted(chosen) if i >= main.first]
     aligned = Aligned([p.log for p in parts], dims, site.path)
@@ -151,7 +151,7 @@ def tokens_of(part: Blocks) -> tuple[str, tuple[int, ...]]:
     raise NotLifted(f"the block takes {len(found)} tensors, and none of them is tokens")
 
 
-def _inputs(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]], tuple[More, ...]]:
+def inputs_of(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]], tuple[More, ...]]:
     """The tokens' name, their shape in each log, and the other tensors that the block takes."""
     found = [tokens_of(part) for part in parts]
     name, dims = found[0][0], [shape for _, shape in found]
@@ -175,7 +175,7 @@ def _inputs(parts: Sequence[Blocks]) -> tuple[str, list[tuple[int, ...]], tuple[
     return name, dims, tuple(more)
 
 
-def _check_reads(blocks: Blocks, found: Solution) -> None:
+def check_reads(blocks: Blocks, choice: frozenset[int]) -> None:
     """A value read on the host steers Python code that the slice no longer runs: only the experts' choice may."""
     log = blocks.log
     inside = {i for item in blocks.items if item.site is not None for i in range(item.start, item.end)}
@@ -183,7 +183,7 @@ def _check_reads(blocks: Blocks, found: Solution) -> None:
         if entry.op != HOST_READ or entry.index in inside:
             continue
         for slot in entry.reads:
-            if not _from_choice(blocks, frozenset(found.routing), slot, entry.index):
+            if not _from_choice(blocks, choice, slot, entry.index):
                 shape = tuple(log.tensors[slot].shape)
                 raise NotLifted(f"the block's code reads a tensor of shape {shape} on the host and may branch on it")
 

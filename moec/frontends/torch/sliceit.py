@@ -89,7 +89,7 @@ def slice_at(
     parts = [split(o.log, same_site(site, o.log), o.entries, opened=opened) for o in seen]
     _enclosed(parts)
     sliced = _sliced(parts, solution, [o.out for o in seen], body, seen[0].entries)
-    _check_assigned(site, sliced, [*(o.log for o in seen), *more])
+    check_assigned(site, sliced.kept, [*(o.log for o in seen), *more])
     log = seen[0].log
     given = log.tensors[sliced.input_slot]
     call = SlicedCall(
@@ -143,14 +143,14 @@ def _sliced(
         return slice_block([parts[i] for i in wide], solution, [outs[i] for i in wide], body, named)
 
 
-def _check_assigned(site: Site, sliced: Slice, logs: Sequence[Log]) -> None:
+def check_assigned(site: Site, kept: Sequence[str], logs: Sequence[Log]) -> None:
     """Refuse a slice that would lose a call in which a submodule sets an attribute of its own."""
     lead = f"{site.path}." if site.path else ""
     for name in sorted(frozenset().union(*(log.contained for log in logs))):
         owner = name.rpartition(".")[0]
         inside = not lead or f"{owner}.".startswith(lead)
-        kept = any(f"{owner.removeprefix(lead)}.".startswith(f"{path}.") for path in sliced.kept)
-        if inside and not kept:
+        called = any(f"{owner.removeprefix(lead)}.".startswith(f"{path}.") for path in kept)
+        if inside and not called:
             raise NotLifted(f"the block sets attribute {name!r}")
 
 

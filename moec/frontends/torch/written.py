@@ -179,7 +179,8 @@ def _placed(call: PlacedCall) -> Written:
     page.lines.append(f"return {_by_places(page, call.places, 'x', call.experts, call.inputs)}")
     function, text = page.function("cut(module, experts, sizes, x)")
     axis = call.places.x_axis
-    counted = () if axis is None else ((axis, call.experts),)
+    sizes = call.places.sizes or (call.experts,)
+    counted = () if axis is None else tuple((axis + i, size) for i, size in enumerate(sizes))
     checks = _unfit((call.x_name,), {call.x_name: call.dtype}, (call.rank,), call.inputs, call.others, counted=counted)
     return Written(function, checks, text, (call.x_name,))
 
@@ -190,12 +191,20 @@ def _by_places(page: _Page, places: Places, x: str, experts: int, inputs: int) -
         page.lines.append(f"each = torch.ops.aten.unsqueeze.default({x}, 0)")
         page.lines.append(f"each = torch.ops.aten.expand.default(each, [{experts}] + [-1] * (each.dim() - 1))")
     else:
-        page.lines.append(f"each = torch.ops.aten.movedim.int({x}, {places.x_axis}, 0)")
+        page.lines.append(f"each = {_moved(x, places.x_axis, 0, places.span)}")
     page.lines.append(f"y = experts(torch.ops.aten.reshape.default(each, [-1, {inputs}]), None, None)")
     # A tensor of y's shape, but for its last axis: no size has to be known here.
     page.lines.append("one = torch.ops.aten.slice.Tensor(each, -1, 0, 1)")
     page.lines.append("like = torch.ops.aten.expand.default(one, [-1] * (one.dim() - 1) + [y.shape[-1]])")
-    return f"torch.ops.aten.movedim.int(torch.ops.aten.reshape_as.default(y, like), 0, {places.y_axis})"
+    return _moved("torch.ops.aten.reshape_as.default(y, like)", 0, places.y_axis, places.span)
+
+
+def _moved(x: str, source: int, goal: int, count: int) -> str:
+    """The text of x with `count` axes from `source` on at `goal`."""
+    if count == 1:
+        return f"torch.ops.aten.movedim.int({x}, {source}, {goal})"
+    axes = [list(range(start, start + count)) for start in (source, goal)]
+    return f"torch.ops.aten.movedim.intlist({x}, {axes[0]}, {axes[1]})"
 
 
 def _unfit(

@@ -56,7 +56,7 @@ def beside(
         mine = runner(runtime, one.feed)()
         check.labels.append(one.label)
         for a, b in zip(mine, one.outputs, strict=False):
-            check.add(one.label, _tensor(a), _tensor(b))
+            _add(check, one.label, a, b)
         for name, a in zip(chosen, mine[len(one.outputs) :], strict=True):
             same, total = same + int((np.sort(a, -1) == np.sort(run[name], -1)).sum()), total + a.size
     if settings.quantize is None and total and same < LEAST_AGREEMENT * total:
@@ -64,6 +64,19 @@ def beside(
     if check.why and not (same < total and "error" in check.why):
         raise MoecError("MOEC704", f"{title} differs: {check.why}", hint="nothing was written")
     return Compared(check, same, total)
+
+
+def _add(check: Check, label: str, a: Any, b: Any) -> None:
+    """Compare two outputs: tensors, sequences of them, or text."""
+    if isinstance(b, list):
+        if len(a) != len(b):
+            check.why = check.why or f"{label}: a sequence of {len(a)} instead of {len(b)}"
+        for mine, theirs in zip(a, b, strict=False):
+            _add(check, label, mine, theirs)
+    elif isinstance(b, np.ndarray) and b.dtype.kind in "biuf":
+        check.add(label, _tensor(a), _tensor(b))
+    elif not np.array_equal(a, b):
+        check.why = check.why or f"{label}: other text"
 
 
 def _with_outputs(model: Any, names: Sequence[str], providers: Sequence[Any] = (CPU,)) -> Any:

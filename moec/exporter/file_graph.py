@@ -104,9 +104,17 @@ class GraphRewriter:
         if not found:
             return 0
         wanted = list(dict.fromkeys(value for body in found for value in given(body)))
-        runs = record(model, wanted, [one.feed for one in made], self.open)
+        try:
+            runs = record(model, wanted, [one.feed for one in made], self.open)
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            for body in found:
+                self._leave(body, f"what it reads cannot be recorded: {_line(error)}")
+            return 0
         labels = [one.label for one in made]
         return sum(self._body(model, body, runs, labels) for body in found)
+
+    def _leave(self, body: Body, why: str) -> None:
+        self.report.layers += [_left(one, body.name) for one in left_within(body.model.graph, why)]
 
     def _body(self, model: Any, body: Body, runs: Sequence[Run], labels: Sequence[str]) -> int:
         """One of them: run alone on what it gets in each run, rewritten, and put back."""
@@ -115,9 +123,9 @@ class GraphRewriter:
         try:
             made = self._made(body, runs, labels)
         except Exception as error:  # ONNX Runtime's errors have no common class
-            why = f"it does not run alone: {str(error).strip().splitlines()[0][:160]}"
+            why = f"it does not run alone: {_line(error)}"
         if not made:
-            self.report.layers += [_left(one, body.name) for one in left_within(body.model.graph, why)]
+            self._leave(body, why)
             return 0
         note = ""
         if body.node.op_type == "If" and not any(one.label.endswith("; taken") for one in made):
@@ -142,3 +150,7 @@ def _left(one: Left, within: str = "") -> ExportedLayer:
     return ExportedLayer(
         one.name, one.kind, "left alone", reason=f"within {within}: {one.reason}" if within else one.reason
     )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

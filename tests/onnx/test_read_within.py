@@ -233,3 +233,35 @@ def test_weights_of_a_body_beside_the_file(file: Path, tmp_path: Path) -> None:
     up.external_data[0].value = "../up.data"
     source.write_bytes(model.SerializeToString())
     assert "outside its folder" in refused("MOEC707", source, tmp_path / "out.onnx").message
+
+
+def test_a_body_that_reads_a_sequence_and_gives_one(file: Path, tmp_path: Path) -> None:
+    """Sequences are handed over as they are, and compared element by element."""
+    source, out = run_by("Loop", file, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    model = onnx.load(str(source))
+    body = model.graph.node[0].attribute[0].g
+    rows = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, ["n", 16])
+    listed = helper.make_value_info("listed", helper.make_sequence_type_proto(rows))
+    kept = helper.make_value_info("kept", helper.make_sequence_type_proto(rows))
+    body.node.append(helper.make_node("SequenceInsert", ["listed", body.output[1].name], ["kept"]))
+    body.node.insert(0, helper.make_node("SequenceAt", ["around", "turns"], ["again"]))
+    body.node.insert(1, helper.make_node("Add", ["again", body.input[2].name], ["sum"]))
+    for node in body.node[2:]:
+        node.input[:] = ["sum" if name == body.input[2].name else name for name in node.input]
+    body.input.append(listed)
+    body.output.append(kept)
+    model.graph.node.insert(0, helper.make_node("SequenceConstruct", ["x_in", "x_in", "x_in"], ["around"]))
+    model.graph.node.insert(1, helper.make_node("SequenceEmpty", [], ["none"]))
+    loop = model.graph.node[2]
+    loop.input.append("none")
+    loop.output.append("all")
+    model.graph.output.append(helper.make_value_info("all", helper.make_sequence_type_proto(rows)))
+    onnx.save(model, str(source))
+    report = moec.export(source, out)
+    assert "within the body of Loop" in report.layers[0].evidence[-1]
+    (y, listed_rows), (like, like_rows) = (
+        outputs(out, {"x_in": x_of(23)["x"]}),
+        outputs(source, {"x_in": x_of(23)["x"]}),
+    )
+    for mine, theirs in zip([y, *listed_rows], [like, *like_rows], strict=True):
+        assert np.linalg.norm(mine - theirs) <= 2e-6 * np.linalg.norm(theirs)

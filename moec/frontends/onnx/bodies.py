@@ -54,7 +54,11 @@ def bodies(model: Any, read: Constants) -> Iterator[Body | Left]:
             if not _may_hold(graph):
                 continue
             if node.op_type in RUN and node.domain == "" and name is not None:
-                yield body_of(model, node, name, graph, read)
+                try:
+                    yield body_of(model, node, name, graph, read)
+                except Exception as error:  # ONNX Runtime's errors, where constants around it are computed
+                    why = f"it is in a graph of {node.op_type}, which cannot be taken apart: {str(error)[:160]}"
+                    yield from left_within(graph, why)
             else:
                 yield from left_within(graph, f"it is in a graph of {node.op_type}, which is not read")
 

@@ -7,6 +7,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnx_ir as ir
+
 from moec.frontends.onnx.banks import Found, expert_weights, shape_of
 from moec.frontends.onnx.constants import Constants
 from moec.frontends.onnx.flow import Flow
@@ -127,7 +129,9 @@ def _gather_values(flow: Flow, candidate: Candidate, end: Any) -> None:
 
 
 def is_float(value: Any) -> bool:
-    """Whether a value may be of floating point; graphs with ops that ONNX does not know lack types."""
+    """Whether a value may be a tensor of floating point; graphs with ops that ONNX does not know lack types."""
+    if isinstance(value.type, ir.SequenceType | ir.OptionalType):
+        return False
     return bool(value.name) and (value.dtype is None or value.dtype.name in FLOATS)
 
 

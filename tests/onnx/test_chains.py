@@ -63,6 +63,33 @@ def test_a_chain_reads_the_model_s_own_matrices() -> None:
     assert held == 5 * 3 * 16 * 12
 
 
+def test_portable_chains_hold_no_op_of_one_runtime() -> None:
+    region = optimised(layer(layout="concat", fn="silu"))
+    for quantize in (None, "int8"):
+        for way in ways(region, Settings.make("m.onnx", target="portable", quantize=quantize)):
+            model = region_model(way.region, store(region), form=way.form)
+            assert {node.domain for node in model.graph} == {""}
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_an_expert_that_is_no_number_shows(chained: bool) -> None:
+    """In int8, where a largest number may overlook it: for its tokens, and for no others."""
+    region = optimised(layer(layout="pair", fn="silu"))
+    weights = Weights()
+    for ref, type in region.weights.items():
+        bank = torch.randn(type.evaluate({})) / 4
+        bank[2, 3, 5] = float("nan") if bank.shape[1] == 12 else 0.0
+        weights.stacked(ref, bank)
+    found = ways(region, Settings.make("m.onnx", target="cpu", quantize="int8"))
+    way = next(way for way in found if way.form == Form(products="integer_to_float", chained=chained))
+    ids = torch.tensor([[0, 1], [2, 3], [4, 2], [3, 4]], dtype=torch.int32)
+    (y,) = run(
+        session(region_model(way.region, weights.store(), form=way.form)), [torch.randn(4, 16), ids, torch.rand(4, 2)]
+    )
+    assert y.isfinite().all(1).tolist() == [True, False, False, True]
+    assert not y[1:3].isfinite().any()
+
+
 def test_rivals_by_target() -> None:
     region = layer(layout="concat", fn="silu")
     for target in ("cpu", "portable"):

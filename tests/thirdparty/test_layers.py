@@ -50,7 +50,10 @@ EVERY = (
         "fairscale MOELayer", "capacity einsum, all-to-all", layers.fairscale, layers.fours, 0,
         reason="draws random numbers", random=True, inplace=True,
     ),
-    Layer("deepspeed MoE", "capacity, top 1", layers.deepspeed, layers.sequences, form=PLACES, inplace=True),
+    Layer(
+        "deepspeed MoE", "capacity, top 1, who is dropped drawn in eval", layers.deepspeed, layers.sequences,
+        form=PLACES, random=True, inplace=True,
+    ),
     Layer(
         "deepspeed MoE, top 2", "capacity, top 2",
         partial(layers.deepspeed, k=2, eval_capacity_factor=0.5, top2_2nd_expert_sampling=False), layers.sequences,

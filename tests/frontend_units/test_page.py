@@ -29,7 +29,7 @@ def test_the_program_of_the_page_runs(capsys: pytest.CaptureFixture[str], monkey
         exec(compile(block, f"docs/frontend.md, block {number}", "exec", dont_inherit=True), page.__dict__)
     shown = capsys.readouterr().out
     expected = blocks("")
-    assert len(expected) == 4
+    assert len(expected) == 5
     for text in expected:
         assert text in shown
     for cut in ("submodule", "slice", "ffn"):

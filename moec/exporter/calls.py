@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
-from moec.frontends.torch.calls import Call, DirectCall, SlicedCall
+from moec.frontends.torch.calls import Call, ChosenCall, DirectCall, PlacedCall, SlicedCall
 from moec.frontends.torch.direct import spread_over
+from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
@@ -22,16 +23,22 @@ Mark = Callable[..., torch.Tensor]
 
 
 def why_unmarked(call: Call) -> str:
-    """Why a cut cannot stand in a file yet; empty if it can."""
-    if isinstance(call, DirectCall) or (isinstance(call, SlicedCall) and call.places is None):
-        return ""
-    return "experts that take rows by their places, all rows or rows of their choice are not exported yet"
+    """Why a cut cannot stand in a file; empty if it can."""
+    if isinstance(call, ChosenCall) or (isinstance(call, SlicedCall) and call.form in CHOSEN):
+        return "its experts choose their tokens, which is not exported yet"
+    known = isinstance(call, DirectCall | PlacedCall | SlicedCall)
+    return "" if known else f"cuts of the kind {type(call).__name__} are not exported"
 
 
 def call_marked(call: Call, module: torch.nn.Module, mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the cut's method returns, its experts computed by `mark`."""
     if isinstance(call, DirectCall):
         return _direct(call, mark, args, kwargs)
+    if isinstance(call, PlacedCall):
+        x = call.binder(args, kwargs)[call.x_name]
+        rows = call.places.rows(x, call.experts)
+        y = mark(rows, *_routing("places", None, rows, rows.shape[0], call.experts, 1))
+        return call.places.back(y, call.places.shape(x.shape, call.experts, y.shape[-1]))
     assert isinstance(call, SlicedCall), type(call)
     return _sliced(call, module, mark, args, kwargs)
 
@@ -63,11 +70,15 @@ def _routing(
         every = torch.arange(experts, device=gates.device)
         chosen = torch.where(gates != 0, every, experts).sort(-1).values[:, :slots]
         return chosen, gates.gather(-1, chosen.clamp(max=experts - 1)).masked_fill(chosen == experts, 0)
+    if form == "places":
+        each = torch.arange(experts, device=weights.device).unsqueeze(1).expand(experts, tokens // experts)
+        return each.reshape(-1, 1), weights.new_ones(tokens, 1)
     assert selector is not None
-    if form == "mask":
+    if form in ("mask", "unit mask"):
         chosen = selector.reshape(tokens, slots, experts) == 1
-        first = chosen.to(torch.int64).argmax(-1)
-        return torch.where(chosen.any(-1), first, experts), weights.reshape(tokens, slots)
+        first = torch.where(chosen.any(-1), chosen.to(torch.int64).argmax(-1), experts)
+        return first, weights.reshape(tokens, slots) if form == "mask" else weights.new_ones(tokens, slots)
+    assert form in ("indices", "unit"), form
     ids = selector.reshape(tokens, slots)
     if form == "unit":
         return ids, torch.ones_like(ids, dtype=weights.dtype)
@@ -78,18 +89,28 @@ def _sliced(
     call: SlicedCall, module: torch.nn.Module, mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     s = call.sliced
-    given = call.binder(args, kwargs)[s.x_name]
+    bound = call.binder(args, kwargs)
+    given = bound[s.x_name]
     env: dict[int, torch.Tensor] = {s.input_slot: given.contiguous()}
+    env.update({more.slot: bound[more.name].contiguous() for more in s.more})
     dims: Sequence[Any] = given.shape
     _run(s.before, module, env, dims)
     selector, weights = (None if t is None else _fill(t, module, env, dims) for t in (s.selector, s.weights))
-    rows = _fill(s.x, module, env, dims).reshape(-1, call.inputs)
+    x = _fill(s.x, module, env, dims)
+    rows = x.reshape(-1, call.inputs) if call.places is None else call.places.rows(x, call.experts)
     if call.form is None:
         y = mark(rows)
     else:
+        if call.spread and selector is not None:
+            selector = spread_over(selector, x.shape[:-1])
         lent = rows if weights is None else weights
-        y = mark(rows, *_routing(call.form, selector, lent, rows.shape[0], call.experts, call.num_slots))
-    env[s.y_slot] = y.reshape(_fill(s.y_shape, module, env, dims)).to(s.y_dtype)
+        chosen, lent = _routing(call.form, selector, lent, rows.shape[0], call.experts, call.num_slots)
+        y = mark(rows, chosen, lent if call.scale == 1 else lent * call.scale)
+    if call.places is None:
+        y = y.reshape(_fill(s.y_shape, module, env, dims))
+    else:
+        y = call.places.back(y, call.places.shape(x.shape, call.experts, y.shape[-1]))
+    env[s.y_slot] = y.to(s.y_dtype)
     _run(s.after, module, env, dims)
     env[s.input_slot] = given
     return _fill(s.result, module, env, dims)

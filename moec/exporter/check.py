@@ -114,5 +114,7 @@ def agreement(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> t
     same = total = 0
     for a, b in zip(mine, theirs, strict=True):
         total += b.numel()
+        if a.shape != b.shape:  # a size that the model computes was fixed while it was traced
+            continue
         same += int((a.long().sort(-1).values == b.long().sort(-1).values).sum())
     return same, total

@@ -40,7 +40,7 @@ EVERY = (
     Layer("soft-moe-pytorch", "Soft MoE", layers.soft_moe, layers.sequences, form=PLACES),
     Layer(
         "soft-moe-pytorch, dynamic slots", "Soft MoE, padded", layers.soft_moe_dynamic, layers.sequences, 0,
-        reason="constant_pad_nd",
+        reason="different operations at different shapes",
     ),
     Layer(
         "PEER-pytorch", "product keys over embeddings", layers.peer, layers.sequences, 0,

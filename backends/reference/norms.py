@@ -39,15 +39,16 @@ def batch_norm(op: BatchNorm, x: torch.Tensor, offsets: torch.Tensor, given: Bat
 
     Rows from offsets[E] on come out as zeros.
     """
-    mean, var, w, b = given
-    y, bounds, parts = x.to(wide(x)), offsets.tolist(), []
-    for e in range(len(bounds) - 1):
-        part = y[bounds[e] : bounds[e + 1]]
-        if part.shape[0]:
-            factor = torch.rsqrt(var[e].to(y.dtype) + op.eps)
-            factor = factor if w is None else factor * w[e].to(y.dtype)
-            part = (part - mean[e].to(y.dtype)) * factor
-            parts.append(part if b is None else part + b[e].to(y.dtype))
+    kind = wide(x)
+    mean, var, w, b = (None if t is None else whole(t).to(kind) for t in given)
+    assert mean is not None
+    assert var is not None
+    # A factor and a shift for each feature, as torch's own batch norm takes them: one pass over the rows.
+    factor = torch.rsqrt(var + op.eps) if w is None else torch.rsqrt(var + op.eps) * w
+    shift = -mean * factor if b is None else torch.addcmul(b, mean, factor, value=-1)
+    y, bounds = x.to(kind), offsets.tolist()
+    rows = zip(bounds, bounds[1:], factor, shift, strict=False)
+    parts = [torch.addcmul(add, y[start:end], times) for start, end, times, add in rows if end > start]
     parts.append(y.new_zeros(y.shape[0] - bounds[-1], y.shape[1]))
     return torch.cat(parts).to(x.dtype)
 

@@ -108,6 +108,26 @@ def test_ids_that_the_clamp_would_change_are_the_originals() -> None:
     assert any("MOEC231" in text for text in texts)
 
 
+class Padded(Experts):
+    """Ids below 0 stand for no expert, and become 0."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, ids, torch.where(ids >= 0, weights, 0.0))
+
+
+def test_the_caller_sees_clamped_ids_that_stand_for_no_expert() -> None:
+    model = made(Padded)
+    fast = moec.compile(model, strict=False)
+    assert fast.moec.report.layers[0].cut == "submodule"
+    ids = torch.tensor([[0, 3], [-1, 2]])
+    x, weights = tokens(2), torch.ones(2, 2)
+    mine, theirs = ids.clone(), ids.clone()
+    with torch.no_grad(), told() as texts:
+        agrees(fast.experts(x, mine, weights), model.experts(x, theirs, weights))
+    assert torch.equal(mine, theirs)
+    assert any("MOEC231" in text for text in texts)
+
+
 @pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("kind", [Narrow, Doubling, Negating])
 def test_writes_are_followed_or_refused(kind: type[nn.Module], shown: bool) -> None:

@@ -19,7 +19,7 @@ from moec.frontends.torch.direct import Roles, steering_reads, tensors_of
 from moec.frontends.torch.dropped import check_direct, idle_clamps
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.entered import replaced_by
-from moec.frontends.torch.ids import understood
+from moec.frontends.torch.ids import Ids, understood
 from moec.frontends.torch.instances import NotLifted, check_masks
 from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
 from moec.frontends.torch.lifted import Lifted
@@ -60,7 +60,9 @@ def lift_submodule(
     roles = _told_apart(site, maker, params)
     maker = replace(maker, roles=roles)
     body, full = _every_expert(site, maker, body, read, roles.selector if idle else None)
-    ids, identities = understood(getattr(site.module, site.method), maker, params)
+    # Of a call that clamps its ids the caller sees what becomes of others: those calls are the original's.
+    clamped = Ids(0, body.experts - 1), 0
+    ids, identities = clamped if idle else understood(getattr(site.module, site.method), maker, params)
     body = replace(body, identities=identities)
     maker = replace(maker, body=body)
     x = maker.template[roles.x]

@@ -98,6 +98,12 @@ def _assigned_in(code: CodeType) -> frozenset[str]:
     return frozenset(found.union(*(_assigned_in(c) for c in code.co_consts if isinstance(c, CodeType))))
 
 
+@functools.lru_cache(maxsize=4096)
+def assigned_to(code: CodeType) -> frozenset[str]:
+    """Names of attributes that the code assigns, of whatever object."""
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
+
+
 def classes_of(modules: Iterable[nn.Module]) -> list[type]:
     """The classes of the modules and their bases, without nn.Module and what is below it."""
     below = set(nn.Module.__mro__)

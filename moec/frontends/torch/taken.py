@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.frontends.torch.reads import Reads, classes_of, is_tensor_or_module, is_users, reads_of
+from moec.frontends.torch.reads import Reads, assigned_to, classes_of, is_tensor_or_module, is_users, reads_of
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FIXED = (*_PLAIN, enum.Enum, FunctionType, BuiltinFunctionType, type, staticmethod, classmethod, property)
@@ -49,6 +49,7 @@ def take(module: nn.Module, method: str, paths: Iterable[str]) -> tuple[Row, ...
     # A method that is overridden on an instance is another method; other names count where the class has them.
     shadows = frozenset(n for c in classes for n in reads.names & vars(c).keys())
     rows = [row for path, part in parts.items() for row in _of_module(path, part, method, reads, shadows)]
+    rows += [_of_held(path, part, reads) for path, part in module.named_modules() if path not in parts]
     for cls in classes:
         if not cls.__module__.startswith("torch."):
             methods = reads.names - {"forward"} | {method} | ({"forward"} if cls in forwards else set())
@@ -72,6 +73,19 @@ def _of_module(path: str, part: nn.Module, method: str, reads: Reads, shadows: f
     for name, _ in objects:
         inner, found, _ = _sorted_out(_attributes(own[name]), reads.of_object(name, _attributes(own[name])))
         yield Row(f"{path}.{name}".lstrip("."), inner, found, path, name)
+
+
+def _of_held(path: str, part: nn.Module, reads: Reads) -> Row:
+    """A submodule that is not run in the cut, but whose attributes its code may read: `self.experts.act(...)`.
+
+    Elements of a list have no name in the code. What its own methods assign is a result of its calls, and no setting.
+    """
+    name, own = path.rpartition(".")[2], part.__dict__
+    names = reads.of_object(name, own) if name.isdigit() else reads.behind(name) & own.keys()
+    methods = (f for c in classes_of([part]) for n, f in vars(c).items() if n != "__init__")
+    made = frozenset().union(*(assigned_to(f.__code__) for f in methods if isinstance(f, FunctionType)))
+    keys, values, _ = _sorted_out(own, names - _MACHINERY - made)
+    return Row(path, keys, values, path)
 
 
 def _of_table(owner: str, table: Mapping[str, Any], names: set[str], reads: Reads) -> Iterator[Row]:

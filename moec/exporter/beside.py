@@ -12,7 +12,7 @@ import torch
 from moec.backends.onnx.providers import CPU, providers_of
 from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
-from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check
+from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, ROUNDED_MODEL_BAR, Check
 from moec.exporter.invent import Feed
 from moec.exporter.settings import Settings
 from moec.frontends.onnx.graphs import forget_unused
@@ -50,7 +50,7 @@ def beside(
     runtime = _with_outputs(model, chosen, providers_of(settings.target))
     computed = [output.dtype for node in model.graph.all_nodes() for output in node.outputs if output.dtype is not None]
     low = max((LOW_MODEL_BARS.get(dtype.name, 0.0) for dtype in computed), default=0.0)
-    check = Check(bar=float("inf") if settings.quantize else max(MODEL_BAR, low), loose=10.0)
+    check = Check(bar=ROUNDED_MODEL_BAR if settings.quantize else max(MODEL_BAR, low), loose=10.0)
     same = total = 0
     for one, run in zip(made, runs, strict=True):
         mine = runner(runtime, one.feed)()

@@ -23,6 +23,8 @@ from moec.verify import difference
 ROUNDED_BARS = {8: 0.1, 4: 0.3}
 # Of a whole model in fp32, whose other layers round as well; the layers themselves are held to their own bar.
 MODEL_BAR = 1e-4
+# Of whole models with rounded weights: beyond this the file says nothing about the model, and that is no rounding.
+ROUNDED_MODEL_BAR = 1.0
 # Routers of whole models may meet near ties; more than this is another router.
 LEAST_AGREEMENT = 0.995
 LOW_BARS = {"f16": 4e-3, "bf16": 3e-2}

@@ -14,7 +14,7 @@ import torch
 
 from moec.backendbase import Weights
 from moec.errors import MoecError
-from moec.exporter.check import MODEL_BAR, Check, Met
+from moec.exporter.check import MODEL_BAR, ROUNDED_MODEL_BAR, Check, Met
 from moec.exporter.result import ExportReport
 from moec.exporter.ways import Way
 from moec.exporter.written_region import WrittenRegion
@@ -67,8 +67,10 @@ def judge_rounding(
             gaps = _gaps(check, one.label, mine, theirs, right)
             check.max_error = max(check.max_error, gaps.mine_off)
             report.original_error = max(report.original_error or 0.0, gaps.own_off)
+            if same:
+                more = ROUNDED_MODEL_BAR if quantized else OFF_MODEL
+                check.why = check.why or _too_far(gaps, one.label, more=more)
             if same and not quantized:
-                check.why = check.why or _too_far(gaps, one.label, more=OFF_MODEL)
                 # Beyond that the model itself chose other experts than in fp32, which would cover rounding up.
                 if gaps.own_off <= OFF_MODEL:
                     near[place] = near.get(place, Gaps()).plus(gaps)

@@ -19,7 +19,7 @@ from moec.backends.onnx.providers import CPU, providers_of
 from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
 from moec.exporter.calls import Mark
-from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, Check, Met, agreement, run_probes
+from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, ROUNDED_MODEL_BAR, Check, Met, agreement, run_probes
 from moec.exporter.fp32_copy import in_fp32
 from moec.exporter.insert import Inserted
 from moec.exporter.prepare import widened
@@ -154,7 +154,7 @@ def _with_choices(model: Any, chosen: Sequence[Any], providers: Sequence[Any]) -
 
 
 def _judge(met: Sequence[Met], why: str, *, quantized: bool) -> Check:
-    check = Check(bar=float("inf") if quantized else MODEL_BAR, loose=10.0, why=why)
+    check = Check(bar=ROUNDED_MODEL_BAR if quantized else MODEL_BAR, loose=10.0, why=why)
     for one in met:
         check.labels.append(one.label)
         for mine, theirs in zip(one.mine, one.theirs, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 # Never below zero, whatever goes in.
-_ABOVE = {"Softmax", "Sigmoid", "HardSigmoid", "Relu", "Abs", "Exp", "Softplus", "Sqrt", "OneHot", "ReduceSumSquare"}
+_ABOVE = {"Softmax", "Sigmoid", "HardSigmoid", "Relu", "Abs", "Exp", "Softplus", "Sqrt", "ReduceSumSquare"}
 _ABOVE |= {"ReduceL1", "ReduceL2"}
 # Elements of the first input in another place.
 _MOVES = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand", "Tile", "Slice"}
@@ -77,6 +77,8 @@ def _rule(node: Any) -> list[Any] | None:
         return inputs
     if kind == "Clip":
         return [inputs[0], *(one for one in inputs[2:] if one is not None)]
+    if kind == "OneHot":
+        return inputs[2:]  # the two numbers it is made of
     return {"Pow": inputs[:1], "Where": inputs[1:], "ScatterElements": [inputs[0], inputs[-1]]}.get(kind)
 
 
@@ -106,13 +108,19 @@ def divided_by_its_sum(value: Any) -> Any | None:
     if node is None or node.domain != "" or node.op_type != "Div":
         return None
     total = through(node.inputs[1]).producer()
-    if total is None or total.op_type != "ReduceSum" or through(total.inputs[0]) is not through(node.inputs[0]):
+    if total is None or total.domain != "" or total.op_type != "ReduceSum":
+        return None
+    summed, share = total.inputs[0], node.inputs[0]
+    # A reshape on the way may put several tokens into one sum, and another axis last.
+    if through(summed) is not through(share) or not (summed is share or same_last_size(summed, share)):
+        return None
+    if not (node.inputs[1] is total.outputs[0] or same_last_size(node.inputs[1], total.outputs[0])):
         return None
     axes = _constant(total.inputs[1]) if len(total.inputs) > 1 and total.inputs[1] is not None else None
     kept = total.attributes.get("keepdims")
-    rank = len(value.shape) if value.shape is not None else 0
+    rank = len(summed.shape) if summed.shape is not None else 0
     last = axes is not None and axes.tolist() in ([-1], [rank - 1])
-    return node.inputs[0] if last and (kept is None or kept.as_int() == 1) else None
+    return share if last and (kept is None or kept.as_int() == 1) else None
 
 
 def same_last_size(a: Any, b: Any) -> bool:

@@ -57,7 +57,8 @@ def known(region: Region, facts: Facts) -> dict[str, list[str]]:
     names = [value.name for value in region.inputs] if len(region.inputs) == 3 else []
     return {
         "chosen": names[1:2] if facts.chosen else [],
-        "sums_to_one": names[2:3] if facts.sums_to_one else [],
+        # What a token gives to a number that is no expert is missing from the sum of its experts' weights.
+        "sums_to_one": names[2:3] if facts.sums_to_one and facts.chosen else [],
     }
 
 

@@ -57,7 +57,7 @@ def place_layer(model: Any, layer: Layer, run: Run, settings: Settings, report: 
     placed = place(layer.region, layer.weights, settings, told, 2e-6)
     if placed is None:
         raise MoecError("MOEC704", f"no way to write {layer.name} passed its check", where="; ".join(told.tried))
-    facts = facts_about(layer)
+    facts = facts_about(layer, run)
     placed = replace(placed.settled(facts, router_about(layer)), name=layer.name)
     told.reason = slower_alone(model, layer, placed, run, settings) if timed else ""
     if told.reason:

@@ -11,7 +11,7 @@ from typing import Any
 from moec.backends.onnx.emitter import Emitter
 from moec.exporter.facts import Facts, facts_of
 from moec.exporter.routers import SoftmaxRouter, router_of
-from moec.frontends.onnx.layer import Layer
+from moec.frontends.onnx.layer import Layer, Run
 
 
 def region_inputs(emit: Emitter, layer: Layer) -> list[Any]:
@@ -64,8 +64,8 @@ def _by_logits(emit: Emitter, layer: Layer) -> list[Any]:
     return [ids, weights if dtype == "f32" else emit.cast(weights, dtype)]
 
 
-def facts_about(layer: Layer) -> Facts:
-    """What is known of the experts and weights that `region_inputs` gives."""
+def facts_about(layer: Layer, run: Run) -> Facts:
+    """What is known of the experts and weights that `region_inputs` gives; `run` has the layer's scores."""
     if layer.form == "dense":
         return Facts()
     if layer.form == "logits":
@@ -73,10 +73,17 @@ def facts_about(layer: Layer) -> Facts:
         return Facts(chosen=True, nonnegative=True, sums_to_one=layer.router.normalize)
     if layer.form == "slots" and len(layer.ids) == 1:
         found = facts_of(layer.ids[0], layer.routing, layer.experts)
-        # Proved by value on every run; a choice of experts has no other numbers.
-        return replace(found, chosen=True)
+        # A router may have columns that are no expert, which no run happened to choose.
+        return replace(found, chosen=found.chosen or _columns(layer, run) == layer.experts)
     told = facts_of(layer.ids[0], layer.routing, layer.experts)
     return Facts(nonnegative=told.nonnegative)
+
+
+def _columns(layer: Layer, run: Run) -> int:
+    """How many there are to choose among."""
+    choice = layer.ids[0].producer()
+    axis, default = choice.attributes.get("axis"), -1 if choice.op_type == "TopK" else 0
+    return int(run[layer.scores.name].shape[default if axis is None else axis.as_int()])
 
 
 def router_about(layer: Layer) -> SoftmaxRouter | None:

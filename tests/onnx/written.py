@@ -119,11 +119,15 @@ def grouped(name: str, folder: Path) -> Path:
 
 
 def looped(path: Path) -> Path:
-    """A loop over experts, unrolled by the legacy exporter: NonZero for each expert. Opset 17, to be converted."""
     torch.manual_seed(0)
+    return unrolled(OneLayer(), torch.randn(40, 16), path)
+
+
+def unrolled(model: nn.Module, x: torch.Tensor, path: Path) -> Path:
+    """A loop over experts, unrolled by the legacy exporter: NonZero for each expert. Opset 17, to be converted."""
     with quiet():
         torch.onnx.export(
-            OneLayer().eval(), (torch.randn(40, 16),), str(path), dynamo=False, input_names=["x"],
+            model.eval(), (x,), str(path), dynamo=False, input_names=["x"],
             dynamic_axes={"x": {0: "n"}}, opset_version=17,
         )  # fmt: skip
     return path

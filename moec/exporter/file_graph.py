@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class GraphRewriter:
     compared: list[Compared] = field(default_factory=list)
     """Of each graph that was rewritten."""
     _names: set[str] = field(default_factory=set)
+    _held: set[str] = field(default_factory=set)
+    """Of values that the file came with."""
     _weights: set[bytes] = field(default_factory=set)
     """The first matrix of each rewritten layer."""
     _shared: bool = False
@@ -47,13 +49,14 @@ class GraphRewriter:
 
         Raises MOEC704 where the graph differs then, or a layer cannot be written.
         """
+        self._held.update(_value_names(model.graph))
         found = read(model, [one.feed for one in made], self.open)
         self.report.layers += [_left(one, within) for one in found.left]
         chosen: dict[Any, None] = {}
         count = 0
         for layer in found.layers:
             evidence = (*layer.evidence, *([f"within {within}{note}"] if within else []))
-            named = replace(layer, name=self._name(path_of(layer)), evidence=evidence)
+            named = replace(layer, name=self._name(layer), evidence=evidence)
             self.say(f"{named.name}: checking")
             if place_layer(model, named, found.runs[0], self.settings, self.report, timed=self.timed):
                 count += 1
@@ -73,10 +76,11 @@ class GraphRewriter:
             forget_unused(model)
         return count
 
-    def _name(self, wish: str) -> str:
-        """A name that no other layer has: one module may stand in both branches."""
-        name, number = wish, 2
-        while name in self._names:
+    def _name(self, layer: Layer) -> str:
+        """A name that no other layer has: one module may stand in both branches, and moec may have written the file."""
+        wish = name = path_of(layer)
+        number, held = 2, self._held - {layer.y.name}
+        while name in self._names or any(one.startswith(f"{name}/") for one in held):
             name, number = f"{wish}_{number}", number + 1
         self._names.add(name)
         return name
@@ -144,6 +148,13 @@ class GraphRewriter:
             for label, run in zip(labels, runs, strict=True)
             for turn, feed, outputs in turns(body, run, lambda feed: runner(runtime, feed)())
         ]
+
+
+def _value_names(graph: Any) -> Iterator[str]:
+    """Of all that it and the graphs that its nodes run hold."""
+    for one in (*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)):
+        if one.name:
+            yield one.name
 
 
 def _left(one: Left, within: str = "") -> ExportedLayer:

@@ -112,3 +112,14 @@ def test_moecs_own_files_can_be_read(tmp_path: Path) -> None:
     moec.export(OneLayer().eval(), tmp_path / "in.onnx", (torch.randn(7, 16),))
     x = np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)
     check_rewritten(tmp_path / "in.onnx", tmp_path, 1, {"x": x})
+
+
+def test_files_that_moec_rewrote_can_be_rewritten(tmp_path: Path) -> None:
+    """The names of what it wrote are taken."""
+    source = written.dense(tmp_path / "in.onnx")
+    moec.export(source, tmp_path / "first.onnx")
+    report = moec.export(tmp_path / "first.onnx", tmp_path / "out.onnx", quantize="int8")
+    assert [layer.status for layer in report.layers] == ["rewritten"]
+    feed = {"x": np.random.default_rng(1).standard_normal((23, 16)).astype(np.float32)}
+    (mine,), (theirs,) = outputs(tmp_path / "out.onnx", feed), outputs(source, feed)
+    assert np.linalg.norm(mine - theirs) <= 0.05 * np.linalg.norm(theirs)

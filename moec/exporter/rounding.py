@@ -70,10 +70,9 @@ def judge_rounding(
             if same:
                 more = ROUNDED_MODEL_BAR if quantized else OFF_MODEL
                 check.why = check.why or _too_far(gaps, one.label, more=more)
-            if same and not quantized:
-                # Beyond that the model itself chose other experts than in fp32, which would cover rounding up.
-                if gaps.own_off <= OFF_MODEL:
-                    near[place] = near.get(place, Gaps()).plus(gaps)
+            # Beyond that the model itself chose other experts than in fp32, which would cover rounding up.
+            if same and not quantized and gaps.own_off <= OFF_MODEL:
+                near[place] = near.get(place, Gaps()).plus(gaps)
     for gaps in near.values():
         check.why = check.why or _too_far(gaps, "all inputs together")
     if not near and not quantized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,23 @@ def test_sixteen_bits_are_judged_by_the_originals_own_rounding() -> None:
     worse = low(original, lambda x: rounded(x, 6.5e-3))
     assert not worse.passed
     assert "more than 1.5 times the original's" in worse.why
+
+
+def test_one_probe_in_sixteen_bits_may_be_unlucky_and_all_of_them_not() -> None:
+    """A probe of one large token measures a handful of roundings."""
+
+    def verdict(errors: list[float]) -> Verdict:
+        given = [Probe(f"probe {i}", (rand(64, 64),), {}, None) for i in range(len(errors))]
+        given = [replace(one, judge=lambda one=one: one.args[0]) for one in given]  # type: ignore[misc]
+        units = iter(errors)
+        return verify_layer(
+            lambda x: rounded(x, 4e-3), lambda x: rounded(x, next(units)), given, bar=2e-6, low_precision=torch.bfloat16
+        )
+
+    assert verdict([4e-3, 7e-3, 4e-3]).passed
+    together = verdict([7e-3, 7e-3, 7e-3])
+    assert together.why.endswith("1.5 times the original's 4.00e-03 over all probes")
+    assert verdict([4e-3, 9e-3, 4e-3]).failing == "probe 1"
 
 
 def test_an_original_far_from_the_formula_was_not_understood() -> None:

@@ -102,3 +102,27 @@ def test_settings_beside_weights_are_followed(kind: type[nn.Module], change: Cal
         assert torch.allclose(before, original(x)) == (not name)
     assert all(f"'{name}' of held" in reason for reason in layer.fallback_reasons)
     assert bool(layer.fallback_reasons) == bool(name)
+
+
+class Dropping(Stacked):
+    """The holder's mode decides about a dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5, self.held.training))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_mode_of_a_submodule_that_is_not_called_is_followed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, D)
+    fast = moec.compile(Dropping().eval(), example_inputs=(x,))
+    layer = fast.moec.report.layers[0]
+    assert layer.status == "compiled"
+    with torch.no_grad():
+        before = fast(x)
+        assert not layer.fallback_reasons
+        fast.held.train()
+        assert not torch.allclose(fast(x), before)
+        assert list(layer.fallback_reasons) == ["'training' of held is True, it was False when compiled"]
+        fast.held.eval()
+        assert torch.equal(fast(x), before)

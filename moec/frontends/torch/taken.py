@@ -85,7 +85,9 @@ def _of_held(path: str, part: nn.Module, reads: Reads) -> Row:
     methods = (f for c in classes_of([part]) for n, f in vars(c).items() if n != "__init__")
     made = frozenset().union(*(assigned_to(f.__code__) for f in methods if isinstance(f, FunctionType)))
     keys, values, _ = _sorted_out(own, names - _MACHINERY - made)
-    return Row(path, keys, values, path)
+    # Observed in eval mode; called submodules have their modes asked about by themselves.
+    mode = ("training",) if "training" in reads.behind(name) else ()
+    return Row(path, (*keys, *mode), (*values, *(False for _ in mode)), path)
 
 
 def _of_table(owner: str, table: Mapping[str, Any], names: set[str], reads: Reads) -> Iterator[Row]:

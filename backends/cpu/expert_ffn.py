@@ -10,6 +10,7 @@ from moec.backends.cpu.choose import BATCH, FEW, GROUPED, TABLES, choose, choose
 from moec.backends.cpu.each import Ways, run_each
 from moec.backends.cpu.few import run_few
 from moec.backends.cpu.grouped import run_grouped
+from moec.backends.cpu.in_order import run_in_order
 from moec.backends.cpu.machine import machine
 from moec.backends.cpu.operands import Layer, Sizes, expert_layer
 from moec.backends.cpu.pack import Packed, find_tables, pack
@@ -75,4 +76,5 @@ def run_experts(
         return run_grouped(layer, x, slots, weights)
     if way == BATCH:
         return run_batch(layer, x, slots, weights)
-    return run_each(layer, Ways(machine(), packed.onednn), x, slots, weights)
+    ways = Ways(machine(), packed.onednn)
+    return (run_in_order if slots.in_order else run_each)(layer, ways, x, slots, weights)

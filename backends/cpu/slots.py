@@ -43,6 +43,11 @@ class Slots:
         return self.order.size == self.num_tokens * self.k
 
     @property
+    def in_order(self) -> bool:
+        """Whether every token has one choice, and the tokens come sorted by expert."""
+        return self.k == 1 and self.all_there and bool((self.order == np.arange(self.num_tokens)).all())
+
+    @property
     def tokens(self) -> Ints:
         """[S]: the token of each slot, in the order of `order`."""
         return self.order // self.k

@@ -38,7 +38,8 @@ def attention(
 
     if attn_mask is None or attn_mask.dtype != ir.DataType.BOOL:
         return attend(attn_mask)
-    least, zero = (op.Constant(value=ir.tensor(one, dtype=query.dtype)) for one in (query.dtype.min, 0.0))
+    # Half of the least number: a score below zero beside all of it would be minus infinity in 16 bits.
+    least, zero = (op.Constant(value=ir.tensor(one, dtype=query.dtype)) for one in (query.dtype.min / 2, 0.0))
     found = attend(op.Where(attn_mask, zero, least))
     # In f32, as ONNX Runtime's CPU provider reduces no 16 bits.
     seen = op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.FLOAT), op.Constant(value_ints=[-1]), keepdims=1)

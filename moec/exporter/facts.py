@@ -83,12 +83,22 @@ def _rule(node: Any) -> list[Any] | None:
 
 
 def through(value: Any) -> Any:
-    """Where the value comes from, but for its type and shape: K stays the last size."""
+    """Where the value comes from, but for its width and shape: K stays the last size."""
     node = value.producer()
     while node is not None and node.domain == "" and node.op_type in ("Identity", "Cast", "Reshape"):
+        if node.op_type == "Cast" and not _same_kind(value, node.inputs[0]):
+            return value  # a bool or a whole number of what had a fraction is another number
         value = node.inputs[0]
         node = value.producer()
     return value
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    """Whether both are known to hold floating point numbers, or both whole ones."""
+    if a.dtype is None or b.dtype is None:
+        return False
+    floats = [one.dtype.is_floating_point() for one in (a, b)]
+    return floats[0] == floats[1] and "BOOL" not in (a.dtype.name, b.dtype.name)
 
 
 def _sums_to_one(value: Any) -> bool:

@@ -42,6 +42,16 @@ def test_sums_over_several_tokens_prove_nothing() -> None:
         assert facts_of(ids, value, 6) == Facts(chosen=True, nonnegative=True)
 
 
+@pytest.mark.parametrize(("kinds", "proved"), [(["FLOAT16", "FLOAT"], True), (["BOOL", "FLOAT"], False)])
+def test_a_cast_to_another_kind_of_number_ends_a_proof(kinds: list[str], proved: bool) -> None:
+    ids, value = graph(("Softmax", {"axis": -1}))
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    for kind in kinds:
+        value = weighed("Cast", value, to=ir.DataType[kind].value)
+        value.shape, value.type = ir.Shape(["T", 2]), ir.TensorType(ir.DataType[kind])
+    assert facts_of(ids, value, 6).sums_to_one == proved
+
+
 @pytest.mark.parametrize(("numbers", "proved"), [([0.0, 1.0], True), ([0.5, -1.0], False)])
 def test_a_one_hot_has_the_sign_of_its_numbers(numbers: list[float], proved: bool) -> None:
     ids, _ = graph()

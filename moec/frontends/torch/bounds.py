@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose second argument lists an index (or None) for each dimension.
 _BY_LIST = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
@@ -42,6 +43,15 @@ def check_indices(func: Any, args: Sequence[Any]) -> None:
         if int(low) < least or int(high) >= size:
             wrong = int(high) if int(high) >= size else int(low)
             raise IndexError(f"index {wrong} is out of bounds for dimension with size {size}")
+
+
+class Bounded(TorchDispatchMode):
+    """While it lasts, indices out of bounds raise IndexError on a GPU, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if on_gpu(args):
+            check_indices(func, args)
+        return func(*args, **(kwargs or {}))
 
 
 def on_gpu(args: Sequence[Any]) -> bool:

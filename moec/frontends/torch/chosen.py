@@ -57,6 +57,7 @@ def fit_choice(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tens
         return None
     loose = 1e-4 if result.dtype in (torch.float32, torch.float64) else 4e-2
     bound = tensors_of(log, Binder(getattr(site.module, site.method))(site.args, site.kwargs), site.start)
+    bound = {name: tensor for name, tensor in bound.items() if tensor.device == result.device}
     for found in _hypotheses(bound, body):
         x = bound[found.x]
         if result.shape[:-1] != x.shape[:-1]:

@@ -76,6 +76,7 @@ def fit_roles(log: Log, site: Site, body: Body, params: Mapping[str, torch.Tenso
     bound = tensors_of(log, binder(site.args, site.kwargs), site.start)
     if theirs is None or not theirs.is_floating_point():
         return None
+    bound = {name: tensor for name, tensor in bound.items() if tensor.device == theirs.device}
     for roles in _hypotheses(bound, body, routed=routed):
         x = bound[roles.x]
         tokens = x.numel() // body.inputs

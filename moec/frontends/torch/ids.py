@@ -14,6 +14,7 @@ import torch
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
+from moec.frontends.torch.bounds import Bounded
 from moec.frontends.torch.direct import MOST_IDENTITIES, near
 from moec.frontends.torch.observe import tokens
 from moec.frontends.torch.probing import Maker, routing, shape_for
@@ -69,7 +70,7 @@ def understood(method: Callable[..., Any], maker: Maker, params: Mapping[str, to
     """
     body, roles = maker.body, maker.roles
     template = maker.template[roles.x]
-    if roles.form not in ("indices", "unit") or template.device.type != "cpu":
+    if roles.form not in ("indices", "unit") or template.device.type not in ("cpu", "cuda"):
         return Ids(0, body.choices - 1), body.identities
 
     def answers(stray: int, identities: int) -> bool:
@@ -94,11 +95,11 @@ def _answers(
     weights = torch.ones(len(rows), roles.slots) if roles.form == "unit" else torch.rand(len(rows), roles.slots) + 0.1
     chosen = routing(len(rows), roles.slots, body.experts, 0, "round robin")
     chosen[:: 3 if roles.spread else 2, 0] = stray
-    made = maker(x, chosen, weights)
+    made = maker(x, chosen.to(x.device), weights.to(x.device))
     args, kwargs = Binder(method).unbind(made)
     loose = 1e-4 if template.dtype in (torch.float32, torch.float64) else 4e-2
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Bounded():  # type: ignore[no-untyped-call]
             want = body.evaluate(params, rows, *maker.effective(made), on_input=roles.on_input)
             got = method(*args, **kwargs).reshape(want.shape).float()
     except Exception:  # the user's code may refuse such an id in any way

@@ -53,7 +53,8 @@ class Solution:
 
 
 def _before(blocks: Blocks) -> list[Value]:
-    """Tensors that exist when the first expert starts, latest first, equal values once."""
+    """Tensors that exist where the experts are when the first of them starts, latest first, equal values once."""
+    experts = blocks.log.tensors[blocks.log.entries[blocks.first].reads[0]].device
     made = [slot for item in blocks.prefix for slot in item.results]
     given = list(slots((blocks.site.args, blocks.site.kwargs)))
     found: list[Value] = []
@@ -61,7 +62,8 @@ def _before(blocks: Blocks) -> list[Value]:
         value = blocks.log.value(slot, blocks.first)
         if value is None or not value.numel() or blocks.log.param_of(slot) is not None:
             continue
-        if _dispatched(blocks, slot):
+        # Sizes and counts that the host works with lie on the CPU.
+        if value.device != experts or _dispatched(blocks, slot):
             continue
         if not any(
             value.shape == c.value.shape and value.dtype == c.value.dtype and torch.equal(value, c.value) for c in found

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+
+from moec.trees import tree_flatten
 
 FP32_BAR = 2e-6
 FP32_LONG_BAR = 5e-6

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.calls import Call, ChosenCall, DirectCall, PlacedCall, SlicedCall
 from moec.frontends.torch.direct import spread_over
@@ -17,6 +16,7 @@ from moec.frontends.torch.expertchoice import CHOSEN
 from moec.frontends.torch.oplog import Ref
 from moec.frontends.torch.program import Live, Step
 from moec.frontends.torch.sizes import Size
+from moec.trees import tree_flatten, tree_map
 
 Mark = Callable[..., torch.Tensor]
 """x[T, D], and experts[T, K], weights[T, K] for a mixture -> [T, O]."""

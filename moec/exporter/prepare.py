@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from moec.errors import MoecError
 from moec.frontends.torch.twin import make_twin
+from moec.trees import tree_map
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 LOW = (torch.float16, torch.bfloat16)

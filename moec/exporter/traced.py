@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.exporter import attention
@@ -24,6 +23,7 @@ from moec.exporter.calls import Mark, call_marked
 from moec.exporter.marks import experts_mark, ffn_mark, translations
 from moec.exporter.wider import widen_first
 from moec.frontends.torch.lifted import Lifted
+from moec.trees import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten
 
 from moec.frontends.torch.oplog import Log
+from moec.trees import tree_flatten
 
 Ask = Callable[[list[torch.Tensor]], torch.Tensor]
 _SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.chain import Chain
@@ -30,6 +29,7 @@ from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.oplog import Log, Site
 from moec.frontends.torch.probing import counts, inputs
 from moec.frontends.torch.sliceit import SHAPES, check_assigned, same_site
+from moec.trees import tree_flatten
 from moec.verify import Probe
 
 Levels = tuple[tuple[Stage, ...], ...]

@@ -6,11 +6,11 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.observe import Driver, ProbeFailed, users_code
 from moec.frontends.torch.reasons import NotLifted
+from moec.trees import tree_flatten
 
 _DRAWS = "draws random numbers"
 

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.backendbase import Executable, load_backend
 from moec.errors import MoecError
@@ -21,6 +20,7 @@ from moec.frontends.torch.method import Recording
 from moec.frontends.torch.recompute import in_place, slots_of
 from moec.ir import Region
 from moec.report import LayerReport
+from moec.trees import tree_flatten, tree_unflatten
 from moec.verify import FP32_LONG_BAR, LOW_PRECISION_LIMIT, Probe, compare_results, difference
 from moec.weights import WeightStore
 

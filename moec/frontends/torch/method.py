@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.callers import copied_caller, recorded_by
@@ -27,6 +26,7 @@ from moec.frontends.torch.recompute import Layer, run_with_gradients, slots_of
 from moec.frontends.torch.routing import NoTokens, Unusual
 from moec.frontends.torch.taken import Row, take
 from moec.report import LayerReport
+from moec.trees import tree_flatten
 from moec.weights import WeightStore
 
 # Hooks on every module of the process (profilers register them); torch keeps one flag-like test for all kinds.

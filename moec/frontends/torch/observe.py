@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.contained import contained
@@ -23,6 +22,7 @@ from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.oplog import Log, Ref
 from moec.frontends.torch.recorder import record
+from moec.trees import tree_flatten, tree_map
 
 SCALES = (0.05, 0.2, 1.0, 8.0, 30.0, 60.0)
 

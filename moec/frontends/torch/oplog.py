@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.extent import Extent
+from moec.trees import tree_flatten, tree_map
 
 HOST_READ = "host_read"
 # A copy of a written storage larger than this is not kept: such tensors are never rows, weights or outputs of a probe.

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.items import Item
 from moec.frontends.torch.oplog import Log, Ref, slots
 from moec.frontends.torch.sizes import Size, solve
+from moec.trees import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.guard import HOOKS
 from moec.frontends.torch.snapshot import version
+from moec.trees import tree_flatten, tree_unflatten
 
 
 class Structure:

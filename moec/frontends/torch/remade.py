@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+
+from moec.trees import tree_map
 
 
 @dataclass(frozen=True)

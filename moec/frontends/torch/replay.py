@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from moec.frontends.torch.oplog import HOST_READ, Log, Ref
+from moec.trees import tree_flatten, tree_map
 
 
 def replay(log: Log, entries: Iterable[int], given: Mapping[int, torch.Tensor], wanted: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from moec.frontends.torch.binding import Binder
 from moec.frontends.torch.body import Body
@@ -31,6 +30,7 @@ from moec.frontends.torch.probing import counts, inputs
 from moec.frontends.torch.sliced import Slice, slice_block, tokens_of
 from moec.frontends.torch.solve import Solution
 from moec.ir import Region
+from moec.trees import tree_flatten
 from moec.verify import Probe
 
 SHAPES = ((2, 20), (3, 7), (5, 4), (1, 11))

@@ -10,12 +10,12 @@ from keyword import iskeyword
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.errors import MoecError
 from moec.frontends.torch.oplog import Ref, slots
 from moec.frontends.torch.program import Live, SizeOf, Step
 from moec.frontends.torch.sizes import Size
+from moec.trees import tree_flatten, tree_unflatten
 
 Straight = Callable[..., Any]
 """(module, dims, *tensors) -> what was asked for."""

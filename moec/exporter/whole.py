@@ -20,7 +20,6 @@ from moec.backends.onnx.runtime import session
 from moec.errors import MoecError
 from moec.exporter.calls import Mark
 from moec.exporter.check import LEAST_AGREEMENT, MODEL_BAR, ROUNDED_MODEL_BAR, Check, Met, agreement, run_probes
-from moec.exporter.fp32_copy import in_fp32
 from moec.exporter.insert import Inserted
 from moec.exporter.prepare import widened
 from moec.exporter.probes import model_probes
@@ -30,6 +29,7 @@ from moec.exporter.settings import Settings
 from moec.exporter.traced import Layout, layer_key, marked, results
 from moec.exporter.ways import optimised
 from moec.frontends.onnx.graphs import forget_unused
+from moec.frontends.onnx.widen import in_fp32
 from moec.frontends.torch.lifted import Lifted
 from moec.weights import WeightStore
 

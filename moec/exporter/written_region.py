@@ -15,8 +15,8 @@ from moec.backends.onnx.providers import CPU
 from moec.backends.onnx.runtime import session
 from moec.backends.reference.dtypes import DTYPES
 from moec.backends.reference.inputs import Inputs
-from moec.exporter.fp32_copy import in_fp32
 from moec.exporter.prepare import widened
+from moec.frontends.onnx.widen import in_fp32
 from moec.ir import Region
 
 

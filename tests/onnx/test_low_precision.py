@@ -18,12 +18,12 @@ from moec.backends.onnx.form import Form
 from moec.backends.onnx.runtime import session
 from moec.exporter import prepare as preparing
 from moec.exporter.check import Met
-from moec.exporter.fp32_copy import in_fp32
 from moec.exporter.prepare import prepare
 from moec.exporter.probes import region_probes
 from moec.exporter.result import ExportReport
 from moec.exporter.rounding import judge_rounding
 from moec.exporter.whole import Written
+from moec.frontends.onnx.widen import in_fp32
 from moec.frontends.torch.twin import make_twin
 from moec.verify import LOW_PRECISION_FACTOR
 from tests.onnx import models

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
 import moec
 from moec.cli import main
+from moec.frontends.onnx.widen import in_fp32
 from tests.onnx import written
 from tests.onnx.reading import outputs, refused
 
@@ -75,3 +77,16 @@ def test_a_large_file_in_bf16(narrow: Path, tmp_path: Path, monkeypatch: pytest.
 def test_a_file_in_fp32_is_not_widened(file: Path, tmp_path: Path) -> None:
     report: Any = moec.export(file, tmp_path / "out.onnx", widen=True)
     assert not report.checked_as
+
+
+def test_a_sequence_stays_a_sequence() -> None:
+    low = ir.DataType.BFLOAT16
+    x = ir.Value(name="x", shape=ir.Shape(["T", 4]), type=ir.TensorType(low))
+    node = ir.node("SequenceConstruct", [x, x])
+    (y,) = node.outputs
+    y.name, y.type = "y", ir.SequenceType(ir.TensorType(low))
+    graph = ir.Graph([x], [y], nodes=[node], opset_imports={"": 20}, name="sequences")
+    wide = in_fp32(ir.Model(graph, ir_version=10))
+    assert wide.graph.outputs[0].type == ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    assert wide.graph.inputs[0].dtype == ir.DataType.FLOAT
+    assert y.type == ir.SequenceType(ir.TensorType(low)), "the model itself stays"

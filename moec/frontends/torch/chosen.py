@@ -18,16 +18,16 @@ from moec.frontends.torch.calls import ChosenCall
 from moec.frontends.torch.direct import near, others_unread, steering_reads, tensors_of
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.expertchoice import CHOSEN, forms, never_repeats, slots_of
 from moec.frontends.torch.instances import NotLifted, check_masks
-from moec.frontends.torch.lift import DTYPES, common_dtype, lift_chosen, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_chosen
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.observe import users_code
 from moec.frontends.torch.oplog import Log, Ref, Site
 from moec.frontends.torch.probing import counts, inputs, shape_for
 from moec.frontends.torch.recorder import record
+from moec.frontends.torch.replaced import replaced_call
 from moec.frontends.torch.routedslice import Reading
 from moec.frontends.torch.rowmasks import idle_masks
 from moec.frontends.torch.sides import chosen_on_input, is_scaled_through
@@ -135,17 +135,12 @@ def lift_choice(
     region = lift_chosen(
         site.label or "model", body, dtype=dtype, weight_dtype=DTYPES[weights.dtype], on_input=found.on_input
     )
-    return Lifted(
-        name=site.path,
-        kind="moe",
-        cut="submodule",
-        module=site.module,
-        method=site.method,
+    return replaced_call(
+        site=site,
         call=call,
         body=body,
         region=region,
-        views=weight_views(body, site.path, dense=False),
-        replaced=replaced_by(site, [log]),
+        logs=[log],
         evidence=(
             f"{site.label}({', '.join(found.names)}) is y = sum of w * f(x), each expert given the tokens it chose",
             f"{body.experts} experts, all of them run and unified",

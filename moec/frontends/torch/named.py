@@ -16,7 +16,8 @@ from moec.frontends.torch.effects import Watch
 from moec.frontends.torch.instances import NotLifted
 from moec.frontends.torch.lift import common_dtype, lift_routed
 from moec.frontends.torch.lifted import Lifted
-from moec.frontends.torch.limits import Limits, dropped, find_limits
+from moec.frontends.torch.limits import find_limits
+from moec.frontends.torch.manner import Limits, dropped
 from moec.frontends.torch.observe import Driver, ProbeFailed
 from moec.frontends.torch.oplog import Log
 

@@ -17,15 +17,15 @@ from moec.frontends.torch.calls import PlacedCall
 from moec.frontends.torch.direct import near, others_unread, steering_reads, tensors_of
 from moec.frontends.torch.dropped import check_direct
 from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.instances import NotLifted, check_masks
-from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import users_code
 from moec.frontends.torch.oplog import Log, Ref, Site
 from moec.frontends.torch.places import Places, placements, predicted, theirs
 from moec.frontends.torch.probing import counts, inputs, shape_for
 from moec.frontends.torch.recorder import record
+from moec.frontends.torch.replaced import replaced_call
 from moec.frontends.torch.routedslice import Reading
 from moec.verify import Probe
 
@@ -82,19 +82,14 @@ def lift_placed(
             exact = partial(_exact, body, params, places, rows)
             yield Probe(label, *ask(rows), exact)
 
-    return Lifted(
-        name=site.path,
-        kind="moe",
-        cut="submodule",
-        module=site.module,
-        method=site.method,
+    return replaced_call(
+        site=site,
         call=call,
         body=body,
         region=lift_moe(
             site.label or "model", body, slots=1, dtype=dtype, weight_dtype=DTYPES[x.dtype], on_input=False
         ),
-        views=weight_views(body, site.path, dense=False),
-        replaced=replaced_by(site, [log]),
+        logs=[log],
         evidence=(
             f"{site.label}({name}) is y[e] = f_e(x[e]), rows given by their places: {places.text()}",
             f"{body.experts} experts, all of them run and unified",

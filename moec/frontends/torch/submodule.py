@@ -18,16 +18,16 @@ from moec.frontends.torch.calls import DirectCall
 from moec.frontends.torch.direct import Roles, steering_reads, tensors_of
 from moec.frontends.torch.dropped import check_direct, idle_clamps
 from moec.frontends.torch.effects import Watch
-from moec.frontends.torch.entered import replaced_by
 from moec.frontends.torch.ids import Ids, understood
 from moec.frontends.torch.instances import NotLifted, check_masks
-from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe, weight_views
+from moec.frontends.torch.lift import DTYPES, common_dtype, lift_moe
 from moec.frontends.torch.lifted import Lifted
 from moec.frontends.torch.observe import tokens as random_tokens
 from moec.frontends.torch.observe import users_code
 from moec.frontends.torch.oplog import Log, Ref, Site
 from moec.frontends.torch.probing import Maker, counts, inputs, is_cheap, routing, shape_for
 from moec.frontends.torch.recorder import record
+from moec.frontends.torch.replaced import replaced_call
 from moec.frontends.torch.routedslice import Reading
 from moec.frontends.torch.rowmasks import idle_masks
 from moec.frontends.torch.sides import is_scaled_through, on_input_by_sign
@@ -79,12 +79,8 @@ def lift_submodule(
         weight_dtype=weight_dtype,
         ids=ids if roles.form in ("indices", "unit") else None,
     )
-    return Lifted(
-        name=site.path,
-        kind="moe",
-        cut="submodule",
-        module=site.module,
-        method=site.method,
+    return replaced_call(
+        site=site,
         call=call,
         body=body,
         region=lift_moe(
@@ -95,8 +91,7 @@ def lift_submodule(
             weight_dtype=DTYPES[weight_dtype],
             on_input=roles.on_input,
         ),
-        views=weight_views(body, site.path, dense=False),
-        replaced=replaced_by(site, [log, full]),
+        logs=[log, full],
         evidence=_evidence(site, roles, body),
         probes=partial(_probes, site, binder, maker, body, roles, x, weight_dtype, params),
         dtype=x.dtype,
